@@ -1,0 +1,47 @@
+# Everything done twice. Each target builds .venv first when it is missing or out of date (tools/setup.sh).
+# ARGS goes on to the command: make test ARGS="-k wheel", make bench-stages ARGS="--help".
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# DeepSpeed finds ninja and its own launcher on the path, so .venv/bin goes first.
+VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+PYTHON_VENV := $(VENV) .venv/bin/python
+
+.PHONY: help setup demo test lint format lock bench-stages wheel clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## Build .venv and install what is missing (every other target does it too)
+	@tools/setup.sh
+
+demo: setup  ## Convert the embedded ViT through stages 1, 2, 3 and print one table (6 minutes on 2 cores)
+	$(PYTHON_VENV) -m benchmarks.demo $(ARGS)
+
+test: setup  ## Run the tests
+	$(PYTHON_VENV) -m pytest tests -q --durations=10 $(ARGS)
+
+lint: setup  ## Check style and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: setup  ## Mend style and format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+lock: setup  ## Write requirements.lock from pyproject.toml (ARGS=--upgrade takes newer versions)
+	.venv/bin/uv pip compile pyproject.toml --extra train --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-config --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
+		-q -o requirements.lock $(ARGS)
+
+bench-stages: setup  ## Measure what each stage buys (ARGS name the data and the teacher)
+	$(PYTHON_VENV) -m benchmarks.stages $(ARGS)
+
+wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
+	rm -rf build dist
+	.venv/bin/python -m build --no-isolation --wheel
+
+clean:  ## Remove what tools left behind; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

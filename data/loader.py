@@ -1,0 +1,301 @@
+""".beton files -> batches on the device: sharded over ranks, shuffled and augmented as a function of (seed, epoch).
+
+FFCV decodes, in its own threads; the order, the views, the labels and the normalising are ours.
+"""
+
+import contextlib
+import functools
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from ffcv.loader import Loader as FFCVLoader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.transforms import ToTensor
+
+from data.augment import CentreViewDecoder, Pair, RandomViewDecoder
+from data.beton import WRITE_AGAIN, open_checked
+from data.order import epoch_order
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Batch = dict[str, torch.Tensor]
+
+
+def train_loader(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    scale: Pair = (0.08, 1.0),
+    ratio: Pair = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    workers: int | None = None,
+) -> "Loader":
+    """Shuffled batches with a random resized crop and flip.
+
+    Args:
+        path: a .beton file.
+        image_size: side, or (height, width), pixels.
+        batch_size: samples an optimizer step, over all ranks. Each rank yields `accumulate` micro-batches of
+            batch_size / (world_size * accumulate) for it. An epoch's last, incomplete global batch is dropped.
+        accumulate: micro-batches an optimizer step.
+        seed: of the order and of the views.
+        dtype: of the images.
+        mean, std: a value a channel (R, G, B), for pixels in 0..1.
+        scale, ratio, hflip: of the views, see `augment.random_view`.
+        workers: decoding threads; by default this process's share of the cores. No result depends on it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `inspect`; and ValueError when the batch size does not divide, when the file
+            has fewer samples than one batch, or for a setting out of its range.
+    """
+    for name, (low, high), limit in (("scale", scale, 1.0), ("ratio", ratio, float("inf"))):
+        if not 0 < low <= high <= limit:
+            raise ValueError(f"{name} {(low, high)}: must be 0 < least <= most" + (" <= 1" if limit == 1 else ""))
+    if not 0 <= hflip <= 1:
+        raise ValueError(f"hflip {hflip}: must be a probability")
+    if seed < 0:
+        raise ValueError(f"seed {seed}: must not be negative")
+    if accumulate < 1 or batch_size < 1 or batch_size % (world_size * accumulate):
+        parts = f"{world_size} ranks x {accumulate} accumulation steps"
+        raise ValueError(f"batch_size {batch_size}: must be a positive multiple of {parts}")
+    state = np.array([seed, 0, 0], dtype=np.int64)
+    decoder = RandomViewDecoder(_size(image_size), state, scale, ratio, hflip)
+    micro_batch_size = batch_size // (world_size * accumulate)
+    loader = Loader(
+        path, decoder, state, micro_batch_size, accumulate, rank, world_size, True, device, dtype, mean, std, workers
+    )
+    if loader.steps_per_epoch == 0:
+        samples = f"{loader.num_samples} samples do not fill one batch of {batch_size}"
+        raise ValueError(f"{path}: {samples}; use a smaller batch_size")
+    return loader
+
+
+def eval_loader(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    crop_pct: float = 1.0,
+    workers: int | None = None,
+) -> "Loader":
+    """Every image once, in the file's order, resized and centre-cropped.
+
+    All ranks yield the same number of batches of the same sizes: where the images do not divide, samples are repeated,
+    and each batch says in `valid` (bool [B]) which samples count. It is true exactly once an image over all ranks.
+
+    Args:
+        batch_size: samples a batch on each rank.
+        crop_pct: side of the centre crop as a share of the image's shorter side.
+        Others: see `train_loader`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `inspect`; and ValueError for a setting out of its range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be at least 1")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct {crop_pct}: must be above 0 and at most 1")
+    state = np.zeros(3, dtype=np.int64)
+    decoder = CentreViewDecoder(_size(image_size), state, crop_pct)
+    return Loader(path, decoder, state, batch_size, 1, rank, world_size, False, device, dtype, mean, std, workers)
+
+
+class Loader:
+    """Batches of a .beton file, an epoch at a time; built by `train_loader` and `eval_loader`.
+
+    Building compiles the decoder, which takes seconds: build it once and call `epoch` for each pass.
+
+    Attributes:
+        num_samples: images in the file.
+        classes: names of the classes from the JSON beside the file, or None.
+        has_labels: whether batches have `label`.
+        steps_per_epoch: global batches an epoch.
+        micro_batch_size: samples a batch on this rank (in evaluation the last one may be smaller).
+        accumulate: batches this rank yields for each global batch.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        decoder: RandomViewDecoder | CentreViewDecoder,
+        state: np.ndarray,
+        micro_batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        train: bool,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        mean: Sequence[float],
+        std: Sequence[float],
+        workers: int | None,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank}: must be in 0..{world_size - 1}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean {tuple(mean)}, std {tuple(std)}: must be three values each (R, G, B), std above 0")
+        self.info, labels = open_checked(path)
+        self.num_samples = self.info.num_samples
+        self.classes = self.info.classes
+        self.has_labels = self.info.has_labels
+        self.micro_batch_size = micro_batch_size
+        self.accumulate = accumulate
+        self.device = torch.device(device)
+        self._labels = labels
+        self._dtype, self._train, self._rank, self._world_size = dtype, train, rank, world_size
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
+        self._std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
+        global_batch = micro_batch_size * accumulate * world_size
+        self.steps_per_epoch = self.num_samples // global_batch if train else -(-self.num_samples // global_batch)
+        self._state = state  # read by the compiled decoder: must live as long as it
+        pipelines = dict.fromkeys(self.info.fields)  # None: not decoded
+        pipelines["image"] = [decoder, ToTensor()]
+        self._ffcv = FFCVLoader(
+            str(path),
+            micro_batch_size,
+            num_workers=_workers(workers),
+            os_cache=True,
+            pipelines=pipelines,
+            batches_ahead=2,
+            seed=0,  # unused, but FFCV would draw one from numpy's global generator
+        )
+        # FFCV allocates its buffers (page-locked, with a GPU) anew for each epoch; one runs at a time, so once will do.
+        self._ffcv.graph.allocate_memory = functools.lru_cache(maxsize=1)(self._ffcv.graph.allocate_memory)
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._running: EpochIterator | None = None
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from global batch `start` on; the earlier ones are not decoded.
+
+        Global batch k holds the same samples at any world size and accumulation. A batch's tensors are the caller's, on
+        the device: `image` [B, 3, H, W] normalised, `index` int64 [B], `label` int64 [B] in a labelled file, and in
+        evaluation `valid` bool [B]. One epoch runs at a time: starting another ends this one.
+
+        Raises:
+            ValueError: `start` is outside the epoch, or an image's data is damaged.
+        """
+        if not 0 <= start <= self.steps_per_epoch:
+            raise ValueError(f"start {start}: must be in 0..{self.steps_per_epoch}, the epoch's global batches")
+        return self._batches(epoch, *self._share(epoch, start))
+
+    def __len__(self) -> int:
+        """Batches this rank yields in an epoch."""
+        return self.steps_per_epoch * self.accumulate
+
+    def close(self) -> None:
+        """Ends the running epoch's threads, if any. The loader can be used again."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        running.close()
+        # A thread that waits to put a batch (or its end mark, for which FFCV has no way out) needs room in the queue.
+        while running.is_alive():
+            with contextlib.suppress(queue.Empty):
+                running.output_queue.get(timeout=0.02)
+
+    def _share(self, epoch: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's sample indices in order, and which of them count: int64 [n], bool [n]."""
+        if self._train:
+            steps, micro = self.steps_per_epoch, self.micro_batch_size
+            order = epoch_order(self.num_samples, self._state[0].item(), epoch)
+            order = order[: steps * micro * self.accumulate * self._world_size]
+            # Ranks side by side within a micro-batch: 2 ranks see in one pass what 1 rank sees in two accumulated ones.
+            order = order.reshape(steps, self.accumulate, self._world_size, micro)[start:, :, self._rank].reshape(-1)
+            return order, np.ones(len(order), dtype=bool)
+        each = -(-self.num_samples // self._world_size)
+        position = np.arange(self._rank * each, (self._rank + 1) * each)[start * self.micro_batch_size :]
+        return np.minimum(position, self.num_samples - 1), position < self.num_samples
+
+    def _batches(self, epoch: int, order: np.ndarray, valid: np.ndarray) -> Iterator[Batch]:
+        self.close()
+        if not len(order):
+            return
+        self._state[1:] = epoch, 0
+        running = self._running = EpochIterator(self._ffcv, order.astype(np.uint64))
+        try:
+            for at in range(0, len(order), self.micro_batch_size):
+                image = self._next_image(running)
+                if self._state[2]:
+                    raise ValueError(f"{self.info.path}: image {self._state[2] - 1} is damaged; {WRITE_AGAIN}")
+                here = slice(at, at + self.micro_batch_size)
+                batch = {"image": self._normalise(image), "index": self._to_device(order[here])}
+                if self._labels is not None:
+                    batch["label"] = self._to_device(self._labels[order[here]])
+                if not self._train:
+                    batch["valid"] = self._to_device(valid[here])
+                yield batch
+        finally:
+            if self._running is running:
+                self.close()
+
+    def _next_image(self, running: EpochIterator) -> torch.Tensor:
+        """The next decoded images, uint8 [B, H, W, 3], in a buffer that FFCV writes again two batches later."""
+        while True:
+            if self._running is not running:
+                raise RuntimeError("this epoch was ended: its loader was closed or began another epoch")
+            try:
+                _, (image,) = running.output_queue.get(timeout=1.0)
+                return image
+            except queue.Empty:  # FFCV's own next() waits for ever on a dead thread
+                if not running.is_alive() and running.output_queue.empty():
+                    raise RuntimeError(f"{self.info.path}: decoding died, see the traceback above") from None
+
+    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] in FFCV's buffer -> a normalised copy [B, 3, H, W] on the device."""
+        if self._copies is not None:
+            # On a stream of its own, so that waiting for the copy (the buffer is reused) does not wait for training.
+            with torch.cuda.stream(self._copies):
+                image = image.to(self.device, non_blocking=True)
+            self._copies.synchronize()
+            image.record_stream(torch.cuda.current_stream(self.device))
+        image = image.to(self.device).permute(0, 3, 1, 2)
+        image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return image.sub_(self._mean).div_(self._std).to(self._dtype)
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.copy()).to(self.device)
+
+
+def resolve(spec: str | Path, split: str) -> Path:
+    """A data setting -> a .beton file: `digits` is the embedded data set (split "train" or "val"), else a path."""
+    if spec == "digits":
+        from data.samples import ensure  # here, since `python -m data.samples` imports this package first
+
+        return ensure(split)
+    return Path(spec).expanduser()
+
+
+def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise ValueError(f"image_size {image_size}: must be at least 1 pixel")
+    return height, width
+
+
+def _workers(workers: int | None) -> int:
+    """Decoding threads: as asked, or this process's share of the cores; never more than numba was started with."""
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    elif workers < 1:
+        raise ValueError(f"workers {workers}: must be at least 1")
+    return max(1, min(workers, numba.config.NUMBA_NUM_THREADS))

@@ -1,0 +1,502 @@
+"""Images -> a .beton file: `python -m data.write SOURCE OUT.beton`, or `write(dataset, out)` for a dataset object.
+
+FFCV's fields encode and its allocator lays out the pages; the processes are ours, since FFCV's writer waits for ever
+when one of its processes raises. A file is written beside its final name and renamed when it is complete.
+"""
+
+import argparse
+import errno
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cv2
+import numpy as np
+from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.memory_allocator import MemoryAllocator
+from ffcv.types import ALLOC_TABLE_TYPE
+from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from data.beton import inspect, side_file
+
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+CHUNK = 64  # samples a process takes at a time
+MAX_SIDE = 65535  # FFCV stores sides in 16 bits
+
+
+def write(
+    dataset: Any,
+    out: str | Path,
+    *,
+    max_side: int | None = None,
+    quality: int = 90,
+    raw_share: float | str = "smart",
+    smart_threshold: int = 100_000,
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+    image_key: str = "image",
+    label_key: str = "label",
+    classes: Sequence[str] | None = None,
+    source: str | None = None,
+    progress: bool = True,
+) -> dict:
+    """Writes a dataset as a .beton file, with a JSON beside it (`OUT.json`).
+
+    Args:
+        dataset: an indexable object with a length, such as a torchvision or Hugging Face dataset. Its items are an
+            image, (image, label), (image, label, mask), or a dict with `image_key` and, if labelled, `label_key` and
+            `mask`. An image is a PIL image or a uint8 array [H, W, 3]; a mask is a uint8 array [H, W], of one size in
+            all items.
+        out: the file; replaced only when the new one is complete.
+        max_side: larger images are shrunk to this longer side, pixels.
+        quality: of the JPEGs, 1..100.
+        raw_share: share of the images kept as raw pixels (0..1; raw loads fastest and takes most room), or "smart":
+            raw up to `smart_threshold`, JPEG above.
+        smart_threshold: bytes of raw pixels.
+        workers: processes; by default one a core.
+        skip_unreadable: leave out the items that cannot be read, instead of failing.
+        classes: names of the classes; by default the dataset's own (`classes`, or the label feature's `names`).
+        source: what to record as the source; by default the dataset's type.
+
+    Returns:
+        What the JSON holds: classes, count, source, settings, bytes, sha256, skipped.
+
+    Raises:
+        ValueError: a setting out of its range, an empty dataset, or unreadable items (named in the message).
+        OSError: the file cannot be written, such as no space left. Nothing was overwritten.
+    """
+    out = Path(out)
+    _check_settings(max_side, quality, raw_share, smart_threshold, workers)
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file such as {out / 'train.beton'}")
+    if len(dataset) == 0:
+        raise ValueError(f"{source or type(dataset).__name__}: holds no images")
+    read = _Items(dataset, image_key, label_key)
+    fields = _fields(read, max_side, quality, raw_share, smart_threshold)
+    name_of = dataset.name if isinstance(dataset, ImageFolder) else "item {}".format
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    side_aside = out.with_name(f".{out.name}.{os.getpid()}.json.tmp")
+    try:
+        unreadable = _write_pages(read, aside, fields, _page_size(max_side), workers or _cores(), progress)
+        skipped = [{"name": name_of(index), "reason": reason} for index, reason in sorted(unreadable.items())]
+        if skipped:
+            _report(skipped, len(dataset), progress)
+        if skipped and (not skip_unreadable or len(skipped) == len(dataset)):
+            mend = "nothing is left" if skip_unreadable else "mend or remove them, or pass --skip_unreadable"
+            first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
+            raise ValueError(f"{len(skipped)} of {len(dataset)} images unreadable, the first is {first}; {mend}")
+        inspect(aside)  # what was written reads back
+        content = {
+            "classes": _classes(dataset, label_key, classes) if "label" in fields else None,
+            "count": len(dataset) - len(skipped),
+            "source": source or f"{type(dataset).__module__}.{type(dataset).__qualname__}",
+            "settings": {
+                "max_side": max_side, "quality": quality, "raw_share": raw_share, "smart_threshold": smart_threshold
+            },
+            "bytes": aside.stat().st_size,
+            "sha256": _sha256(aside),
+            "skipped": skipped,
+        }  # fmt: skip
+        side_aside.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(aside, out)
+        os.replace(side_aside, side_file(out))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"{out.parent}: no space left for {out.name}; make room or choose another folder"
+            raise OSError(error.errno, what) from error
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+        side_aside.unlink(missing_ok=True)
+    return content
+
+
+class ImageFolder:
+    """The images under a folder: a class a subfolder (`root/class/image.jpg`, classes sorted by name), or unlabelled.
+
+    Attributes:
+        classes: names of the classes, or None when unlabelled.
+        why: how the choice was made, for the screen.
+    """
+
+    def __init__(self, root: str | Path, unlabelled: bool = False):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root}: no such folder; give a folder of images")
+        self.files = _image_files(self.root)
+        if not self.files:
+            raise ValueError(f"{self.root}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        depths = {len(file.parts) for file in self.files}
+        folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
+        self.classes: list[str] | None = None
+        if unlabelled:
+            self.why = "unlabelled, as asked"
+        elif 1 in depths:
+            self.why = f"unlabelled: there are images directly in {self.root}"
+        elif depths != {2}:
+            self.why = f"unlabelled: there are images deeper than {self.root}/CLASS/"
+        elif len(folders) == 1:
+            self.why = f"unlabelled: {self.root} has a single subfolder, which is no choice of classes"
+        else:
+            self.why = f"labelled: {len(folders)} classes, a subfolder of {self.root} each"
+            self.classes = folders
+            empty = sorted(set(folders) - {file.parts[0] for file in self.files})
+            if empty:
+                names = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+                mend = "remove them, or pass --unlabelled"
+                raise ValueError(f"{self.root}: class folders without images: {names}; {mend}")
+        self._labels = {name: label for label, name in enumerate(self.classes or ())}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple:
+        """(image,) or (image, label)."""
+        file = self.files[index]
+        with Image.open(self.root / file) as image:
+            pixels = to_rgb(image)
+        return (pixels, self._labels[file.parts[0]]) if self.classes else (pixels,)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Any 8- or 16-bit image -> uint8 [H, W, 3], turned upright as its EXIF orientation says; alpha is dropped.
+
+    Raises:
+        ValueError, OSError: the pixels cannot be decoded or have no fixed range.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an array image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        return image
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"an image must be a PIL image or a uint8 array, not {type(image).__name__}")
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"a side of {max(image.size)} pixels is above {MAX_SIDE}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
+
+
+class _Items:
+    """A dataset's items as dicts with `image` and, where given, `label` and `mask`."""
+
+    def __init__(self, dataset: Any, image_key: str, label_key: str):
+        self.dataset, self.image_key, self.label_key = dataset, image_key, label_key
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        item = self.dataset[index]
+        if isinstance(item, dict):
+            if self.image_key not in item:
+                raise ValueError(f"no {self.image_key!r} among {sorted(item)}")
+            names = {"image": self.image_key, "label": self.label_key, "mask": "mask"}
+            item = {name: item[key] for name, key in names.items() if key in item}
+        else:
+            values = item if isinstance(item, tuple | list) else (item,)
+            item = dict(zip(("image", "label", "mask"), values, strict=False))
+        item["image"] = to_rgb(item["image"])
+        if "label" in item:
+            label = int(item["label"])
+            if label < 0:
+                raise ValueError(f"label {label} is below 0")
+            item["label"] = label
+        if "mask" in item:
+            item["mask"] = np.ascontiguousarray(item["mask"], dtype=np.uint8)
+        return item
+
+
+class _PageTooSmallError(Exception):
+    """A sample needs more than a page: its bytes are in args[0]."""
+
+
+class _Allocator(MemoryAllocator):
+    def malloc(self, size):
+        if size > self.page_size:
+            raise _PageTooSmallError(int(size))
+        return super().malloc(size)
+
+
+def _write_pages(
+    read: _Items, path: Path, fields: dict, page_size: int, workers: int, progress: bool
+) -> dict[int, str]:  # fmt: skip
+    """Writes the file; returns {index: reason} of the unreadable items, which it leaves out."""
+    while True:
+        try:
+            return _write_once(read, path, fields, page_size, workers, progress)
+        except _PageTooSmallError as error:  # rare: raw images above FFCV's usual page; start again with larger pages
+            page_size = 1 << (error.args[0] - 1).bit_length()
+
+
+def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers: int, progress: bool) -> dict[int, str]:
+    count = len(read)
+    writer = DatasetWriter(str(path), fields, page_size=page_size, num_workers=workers)
+    writer.num_samples = count
+    writer.prepare()  # the header and the fields
+    # FFCV keeps the metadata in /dev/shm, which is small in containers. Forked processes can share plain memory.
+    writer.metadata_sm.close()
+    writer.metadata_sm.unlink()
+    metadata = np.frombuffer(mmap.mmap(-1, count * writer.metadata_type.itemsize), dtype=writer.metadata_type)
+    allocator = _Allocator(str(path), writer.data_region_start, page_size)
+
+    context = multiprocessing.get_context("fork")
+    done, taken, messages = context.Value("Q", 0), context.Value("Q", 0), context.Queue()
+    work = (read, fields, metadata, allocator, taken, done, messages, os.getpid())
+    processes = [context.Process(target=_work, args=work, daemon=True) for _ in range(min(workers, -(-count // CHUNK)))]
+    allocations, unreadable, finished = [], {}, 0
+    try:
+        for process in processes:
+            process.start()
+        with tqdm(total=count, unit="image", disable=not progress, desc=path.name.split(".")[1]) as bar:
+            while finished < len(processes):
+                bar.update(done.value - bar.n)
+                try:
+                    kind, *values = messages.get(timeout=0.1)
+                except queue.Empty:
+                    if any(process.exitcode not in (None, 0) for process in processes):
+                        raise RuntimeError("a writing process was killed; out of memory? try fewer --workers") from None
+                    continue
+                if kind == "error":
+                    raise values[0]
+                if kind == "unreadable":
+                    unreadable[values[0]] = values[1]
+                else:
+                    allocations += values[0]
+                    finished += 1
+            bar.update(count - bar.n)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+    # An unbuffered write may stop short on a full disk without raising.
+    pages = allocator.next_page_allocated.value
+    if pages and path.stat().st_size != allocator.offset + pages * page_size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # The unreadable ones leave a gap at the end of the metadata, which nothing points to.
+    keep = np.ones(count, dtype=bool)
+    keep[list(unreadable)] = False
+    table = np.array(allocations, dtype=ALLOC_TABLE_TYPE)
+    table = table[keep[table["sample_id"].astype(np.int64)]]
+    table["sample_id"] = (np.cumsum(keep) - 1)[table["sample_id"].astype(np.int64)]
+    with open(path, "r+b") as file:
+        file.seek(writer.metadata_start)
+        rows = metadata.view(np.uint8).reshape(count, -1)  # as bytes: a copy of structs leaves junk in their padding
+        file.write(rows[keep].tobytes())
+        writer.header["alloc_table_ptr"] = file.seek(0, os.SEEK_END)
+        writer.header["num_samples"] = keep.sum()
+        file.write(table.tobytes())
+        file.seek(0)
+        file.write(writer.header.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    return unreadable
+
+
+def _work(read: _Items, fields, metadata, allocator, taken, done, messages, parent: int) -> None:
+    """A writing process: takes chunks of samples until none is left. It reports every failure and raises none."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the parent's handlers are not ours; it ends its processes itself
+    cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork
+    warnings.simplefilter("ignore")
+    try:
+        with allocator:
+            while os.getppid() == parent:
+                with taken.get_lock():
+                    start = taken.value
+                    taken.value += CHUNK
+                for index in range(start, min(start + CHUNK, len(read))):
+                    reason = _store(read, index, fields, metadata, allocator)
+                    if reason:
+                        messages.put(("unreadable", index, reason))
+                    with done.get_lock():
+                        done.value += 1
+                if start >= len(read):
+                    break
+        messages.put(("done", allocator.allocations))
+    except (OSError, _PageTooSmallError) as error:
+        messages.put(("error", error))
+    except BaseException as error:
+        messages.put(("error", RuntimeError(f"a writing process failed: {_one_line(error)}")))
+
+
+def _store(read: _Items, index: int, fields: dict, metadata: np.ndarray, allocator: _Allocator) -> str:
+    """Writes one sample; returns why it could not be read, or ""."""
+    try:
+        item = read[index]
+        if item.keys() != fields.keys():
+            raise ValueError(f"has {', '.join(item)}, while the first item has {', '.join(fields)}")
+        if "mask" in item and item["mask"].shape != fields["mask"].shape:
+            raise ValueError(f"its mask is {item['mask'].shape}, the first one {fields['mask'].shape}")
+    except Exception as error:  # a decoder may raise anything on a broken file
+        return _one_line(error)
+    try:
+        handle_sample([item[name] for name in fields], index, metadata.dtype.names, metadata, allocator, fields)
+    except (OSError, _PageTooSmallError):  # of the file that is written
+        raise
+    except MemoryError as error:  # FFCV's word for an image and a mask that do not share a page
+        raise _PageTooSmallError(2 * allocator.page_size) from error
+    except Exception as error:  # such as a side too long for a JPEG
+        return _one_line(error)
+    return ""
+
+
+def _fields(read: _Items, max_side, quality, raw_share, smart_threshold) -> dict:
+    """FFCV's fields for what the first readable item holds."""
+    item, reason = None, ""
+    for index in range(len(read)):
+        try:
+            item = read[index]
+            break
+        except Exception as error:
+            reason = reason or _one_line(error)
+    if item is None:
+        raise ValueError(f"none of the {len(read)} images is readable; the first: {reason}")
+    mode = {"smart": "smart", 0: "jpg", 1: "raw"}.get(raw_share, "proportion")
+    fields = {
+        "image": RGBImageField(
+            write_mode=mode, max_resolution=max_side, smart_threshold=smart_threshold, jpeg_quality=quality,
+            compress_probability=0.0 if raw_share == "smart" else 1 - raw_share,
+        )
+    }  # fmt: skip
+    if "label" in item:
+        fields["label"] = IntField()
+    if "mask" in item:
+        if max_side is not None:
+            raise ValueError("max_side: images with masks are stored at their own size")
+        fields["mask"] = NDArrayField(np.dtype(np.uint8), item["mask"].shape)
+    return fields
+
+
+def _check_settings(max_side, quality, raw_share, smart_threshold, workers) -> None:
+    checks = (
+        ("max_side", max_side, max_side is None or 1 <= max_side <= MAX_SIDE, f"a number of pixels up to {MAX_SIDE}"),
+        ("quality", quality, 1 <= quality <= 100, "in 1..100"),
+        ("raw_share", raw_share, raw_share == "smart" or (not isinstance(raw_share, str) and 0 <= raw_share <= 1),
+         'a share in 0..1, or "smart"'),
+        ("smart_threshold", smart_threshold, smart_threshold >= 0, "a number of bytes"),
+        ("workers", workers, workers is None or workers >= 1, "at least 1"),
+    )  # fmt: skip
+    for name, value, good, want in checks:
+        if not good:
+            raise ValueError(f"{name} {value}: must be {want}")
+
+
+def _page_size(max_side: int | None) -> int:
+    """FFCV's own 8 MiB, or a power of two that holds the largest raw image."""
+    need = 4 * MIN_PAGE_SIZE if max_side is None else 3 * max_side**2
+    return max(4 * MIN_PAGE_SIZE, min(1 << (need - 1).bit_length(), 1 << 31))
+
+
+def _image_files(root: Path) -> list[Path]:
+    """Paths of the images under a folder, relative to it and sorted; hidden files and folders are passed over."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        found += [
+            inside / name
+            for name in sorted(files)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return found
+
+
+def _classes(dataset: Any, label_key: str, classes: Sequence[str] | None) -> list[str] | None:
+    if classes is None:
+        feature = (getattr(dataset, "features", None) or {}).get(label_key)
+        classes = getattr(dataset, "classes", None) or getattr(feature, "names", None)
+    return None if classes is None else [str(name) for name in classes]
+
+
+def _report(skipped: list[dict], total: int, progress: bool) -> None:
+    if not progress:
+        return
+    for entry in skipped[:20]:
+        print(f"unreadable: {entry['name']}: {entry['reason']}", file=sys.stderr)
+    more = f", {len(skipped) - 20} of them not shown" if len(skipped) > 20 else ""
+    print(f"{len(skipped)} of {total} images unreadable{more}", file=sys.stderr)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(message))
+
+
+def _fail(message: object) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def _raw_share(text: str) -> float | str:
+    return text if text == "smart" else float(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = _Parser(prog="python -m data.write", description="Write a folder of images as a .beton file.")
+    parser.add_argument("source", help="a folder: a class a subfolder, or any nested folder of unlabelled images")
+    parser.add_argument("out", help="the file to write, such as train.beton")
+    parser.add_argument("--max_side", type=int, help="shrink larger images to this longer side, pixels")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1..100 (default 90)")
+    parser.add_argument(
+        "--raw_share", type=_raw_share, default="smart", help='share kept raw, 0..1, or "smart" (default)'
+    )
+    parser.add_argument("--smart_threshold", type=int, default=100_000, help="raw bytes from which smart takes JPEG")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--unlabelled", action="store_true", help="take no labels from subfolders")
+    parser.add_argument("--skip_unreadable", action="store_true", help="leave out unreadable images instead of failing")
+    options = vars(parser.parse_args(arguments))
+    source, out, unlabelled = options.pop("source"), options.pop("out"), options.pop("unlabelled")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished file is removed
+    try:
+        folder = ImageFolder(source, unlabelled)
+        print(f"{source}: {len(folder)} images, {folder.why}")
+        content = write(folder, out, source=source, **options)
+    except OSError as error:
+        return _fail(error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else error)
+    except (ValueError, RuntimeError) as error:
+        return _fail(error)
+    print(f"{out}: {content['count']} images, {content['bytes'] / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Shared by the trainer's tests: a small labelled data set, a small teacher file, and a way to run the program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from data.write import write
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ARCHITECTURE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 4}
+
+
+class Blobs:
+    """Images of one of four colours in a noisy corner: [32, 32, 3] and a label."""
+
+    classes = ["a", "b", "c", "d"]
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        if index >= self.count:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, index])
+        label = index % 4
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        image[:16, :16] = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=np.uint8)[label]
+        return image, label
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.beton (96 images), val.beton (22), teacher.safetensors and recipe.yaml."""
+    folder = tmp_path_factory.mktemp("small")
+    write(Blobs(96, 0), folder / "train.beton", raw_share=1.0, progress=False)
+    write(Blobs(22, 1), folder / "val.beton", raw_share=1.0, progress=False)
+    torch.manual_seed(0)
+    teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, **ARCHITECTURE)
+    with torch.no_grad():
+        for block in teacher.blocks:
+            block.attn.qkv.weight.mul_(20)  # attention that matters
+    save_file(teacher.state_dict(), folder / "teacher.safetensors")
+    recipe = {
+        "teacher": {"name": "vit_tiny_patch16_224", "kwargs": ARCHITECTURE, "weights": str(folder / "teacher.safetensors")},
+        "data": {"train": str(folder / "train.beton"), "val": str(folder / "val.beton"), "image_size": 32, "workers": 1},
+        "train": {"batch_size": 16, "bf16": False, "steps": 6, "lr": 1e-3, "log_every": 1, "save_every": 1000},
+        "wandb": {"enabled": False},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+class Result:
+    """How a run of the program ended."""
+
+    def __init__(self, done: subprocess.CompletedProcess, folder: Path | None) -> None:
+        self.code, self.out, self.err, self.folder = done.returncode, done.stdout, done.stderr, folder
+
+    def lines(self, split: str) -> list[dict]:
+        """The metrics lines of `split`."""
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["split"] == split]
+
+    @property
+    def error(self) -> str:
+        """The one line of a user's mistake; checks that it is one, and that there is no traceback."""
+        assert self.code == 2, f"{self.code}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err + self.out, self.err
+        said = [line for line in (self.out + self.err).splitlines() if line.startswith("error: ")]
+        assert len(said) == 1, self.err
+        return said[0]
+
+
+def run_trainer(small: Path, run: Path, stage: int, *options: str, ranks: int = 1, timeout: int = 400) -> Result:
+    """`trainer/run.py` on the small data set, through the deepspeed launcher when `ranks` is above 1."""
+    start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), "--num_gpus", str(ranks)]
+    command = [*start, "trainer/run.py", "--config", str(small / "recipe.yaml"), "--stage", str(stage), "--run", str(run), *options]
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    return Result(done, run / f"stage{stage}")

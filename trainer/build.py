@@ -1,0 +1,157 @@
+"""From settings to what a stage runs on: data, teacher, student and lineage, checked before anything is trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+
+import data
+import models
+from trainer.config import Settings, UserError
+from trainer.engine import World, accumulation
+from trainer.stages import STAGES, Stage
+
+INPUT_KEYS = ("image_size", "mean", "std", "crop_pct")
+
+
+@dataclass
+class Job:
+    """One stage, ready for the engine."""
+
+    stage: Stage
+    start: str  # where the student's weights come from, in words
+    export: dict[str, Any]  # config.json of what the stage will hand on, lineage included
+    train: data.Info
+    val: data.Info | None
+    steps_per_epoch: int
+    steps: int
+
+
+def build(settings: Settings, me: World, folder: Path) -> Job:
+    """Check the data, build teacher and student, and wire them into the stage.
+
+    Args:
+        folder: of the run; the stage's parent is looked for in it.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: one line on what does not fit.
+    """
+    paths = {split: data.resolve(spec, split) for split in ("train", "val") if (spec := getattr(settings.data, split))}
+    infos = {split: data.inspect(path) for split, path in paths.items()}
+    steps_per_epoch = infos["train"].num_samples // settings.train.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"train.batch_size {settings.train.batch_size}: {paths['train']} has only "
+                        f"{infos['train'].num_samples} images")  # fmt: skip
+    micro = settings.train.batch_size // me.size // accumulation(settings, me.size)
+    if settings.stage == "3" and settings.stage3.mixup + settings.stage3.cutmix > 0 and micro % 2:
+        raise UserError(f"stage3.mixup, cutmix: mix pairs, but a micro-batch has {micro} images; make it even")
+
+    chosen = settings.teacher
+    teacher = models.build_backbone(
+        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, _pair(settings.data.image_size)
+    )
+    models.check_linearizable(teacher)
+    given = vars(settings.data) | {"image_size": settings.data.image_size or teacher.pretrained_cfg["input_size"][-1]}
+    given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
+    models.check_image_size(teacher, given["image_size"])
+    student, start, lineage = _student(settings, teacher, folder, given["image_size"])
+    _check_labels(settings, infos, student)
+    lineage["data"] = [*lineage["data"], {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}]
+    lineage["stages"] = [*lineage["stages"], settings.stage]
+
+    untrained = not (chosen.pretrained or chosen.weights)
+    stage = STAGES[settings.stage](settings, student, None if untrained else teacher)
+    kwargs = chosen.kwargs | {"num_classes": stage.student.num_classes, "img_size": given["image_size"]}
+    export = {
+        "backbone": {"name": chosen.name, "kwargs": kwargs},
+        "attention": {key: lineage[key] for key in ("feature_map", "linear_blocks")},
+        "input": given,
+        "lineage": lineage,
+    }
+    steps = settings.train.steps or max(1, round(settings.train.epochs * steps_per_epoch))
+    return Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps)
+
+
+def loaders(settings: Settings, job: Job, me: World) -> tuple[data.Loader, data.Loader | None]:
+    """Training and evaluation batches for this rank."""
+    given, accumulate = settings.data, accumulation(settings, me.size)
+    how = {
+        "image_size": job.export["input"]["image_size"], "mean": job.export["input"]["mean"],
+        "std": job.export["input"]["std"], "rank": me.rank, "world_size": me.size, "device": me.device,
+        "dtype": torch.bfloat16 if settings.train.bf16 else torch.float32, "workers": given.workers,
+    }  # fmt: skip
+    train = data.train_loader(
+        job.train.path, batch_size=settings.train.batch_size, accumulate=accumulate, seed=settings.train.seed,
+        scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip, **how,
+    )  # fmt: skip
+    val = None
+    if job.val is not None:
+        val = data.eval_loader(job.val.path, batch_size=train.micro_batch_size, crop_pct=given.crop_pct, **how)
+    return train, val
+
+
+def _student(
+    settings: Settings, teacher: VisionTransformer, folder: Path, image_size: int
+) -> tuple[VisionTransformer, str, dict[str, Any]]:
+    """The student, where it starts from in words, and the lineage so far."""
+    wanted = settings.student
+    lineage = {
+        "teacher": {"name": settings.teacher.name, "kwargs": settings.teacher.kwargs, "sha256": models.fingerprint(teacher.blocks)},
+        "feature_map": wanted.feature_map,
+        "linear_blocks": [],
+        "stages": [],
+        "data": [],
+    }
+    copied = models.linearize(teacher, wanted.feature_map, wanted.keep_softmax)
+    if wanted.attention == "softmax":
+        start = "random weights" if not (settings.teacher.pretrained or settings.teacher.weights) else "the teacher's weights"
+        return models.linearize(teacher, keep_softmax=range(len(teacher.blocks))), f"{start}, softmax attention", lineage
+    lineage["linear_blocks"] = models.linear_blocks(copied)
+    parent = _parent(settings, folder)
+    if parent is None:
+        return copied, "the teacher's copied weights, no earlier stage's", lineage
+    theirs = models.read_config(parent)["lineage"]
+    for field in ("teacher.name", "teacher.kwargs", "teacher.sha256", "feature_map", "linear_blocks"):
+        was, now = _get(theirs, field), _get(lineage, field)
+        if was != now:
+            raise UserError(f"{parent}: does not fit as a parent: its {field} is {was!r}, this run's is {now!r}; "
+                            "mend the setting, or choose another with --student.parent")  # fmt: skip
+    student = models.load(parent, image_size)
+    return student, f"{parent} (after stage {' and '.join(theirs['stages'])})", lineage | {k: theirs[k] for k in ("stages", "data")}
+
+
+def _parent(settings: Settings, folder: Path) -> Path | None:
+    if settings.student.parent == "none" or settings.stage == "1":
+        return None
+    if settings.student.parent is not None:
+        return Path(settings.student.parent)
+    found = folder / f"stage{int(settings.stage) - 1}" / "export"
+    return found if (found / "config.json").is_file() else None
+
+
+def _check_labels(settings: Settings, infos: dict[str, data.Info], student: VisionTransformer) -> None:
+    if settings.stage == "3":
+        for split, info in infos.items():
+            if not info.has_labels:
+                raise UserError(f"data.{split} {info.path}: has no labels, which stage 3 learns from")
+        train = infos["train"]
+        fitting = len(train.classes) if train.classes else train.max_label + 1
+        settings.stage3.num_classes = settings.stage3.num_classes or fitting
+    num_classes = settings.stage3.num_classes if settings.stage == "3" else student.num_classes
+    for split, info in infos.items():
+        judged = settings.stage == "3" or (split == "val" and num_classes > 1)
+        if judged and info.has_labels and info.max_label >= num_classes:
+            raise UserError(f"data.{split} {info.path}: has labels up to {info.max_label}, "
+                            f"outside the head's {num_classes} classes")  # fmt: skip
+
+
+def _pair(image_size: int | None) -> tuple[int, int] | None:
+    return None if image_size is None else (image_size, image_size)
+
+
+def _get(nested: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        nested = nested[key]
+    return nested

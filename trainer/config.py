@@ -1,0 +1,265 @@
+"""Every setting, as typed dataclasses: the recipe's YAML first, then the command line; unknown keys are errors.
+
+A recipe's `stages` section holds what differs a stage; it is laid over the rest for the stage that runs.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class UserError(Exception):
+    """A user's mistake: one line that says what, where and how to mend it; the program ends with status 2."""
+
+
+@dataclass
+class Teacher:
+    """The softmax ViT that is converted."""
+
+    name: str = "vit_tiny_patch16_224"  # timm's name
+    kwargs: dict[str, Any] = field(default_factory=dict)  # architecture overrides for timm.create_model
+    weights: str | None = None  # a local .safetensors or .pth; else the hub
+    pretrained: bool = True  # False: random weights, for training a softmax teacher in stage 3
+
+
+@dataclass
+class Student:
+    """What the teacher is turned into."""
+
+    attention: Literal["linear", "softmax"] = "linear"  # softmax: the baseline of stage 3
+    feature_map: str = "elu1"  # a name from models.FEATURE_MAPS
+    keep_softmax: list[int] = field(default_factory=list)  # blocks that stay softmax
+    trainable: Literal["qkv", "attention", "backbone", "head", "all"] | None = None  # default: qkv, backbone, all
+    parent: str | None = None  # an export to start from; "none": the teacher's weights; default: the run's last stage
+
+
+@dataclass
+class Data:
+    """Images, as .beton files made by `python -m data.write`."""
+
+    train: str = "digits"  # a .beton file, or digits: the embedded data set
+    val: str | None = "digits"
+    image_size: int | None = None  # pixels; default: the teacher's
+    mean: list[float] | None = None  # of R, G, B in 0..1; default: the teacher's
+    std: list[float] | None = None
+    crop_pct: float = 1.0  # share of the shorter side that the evaluation's centre crop keeps
+    scale: list[float] = field(default_factory=lambda: [0.25, 1.0])  # area of the random resized crop
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])  # its aspect
+    hflip: float = 0.5
+    workers: int | None = None  # decoding threads a rank; default: its share of the cores
+
+
+@dataclass
+class Train:
+    """The loop and its optimizer, AdamW."""
+
+    epochs: float = 1.0
+    steps: int | None = None  # optimizer steps; wins over epochs
+    batch_size: int = 256  # global
+    micro_batch_size: int | None = None  # a rank and forward pass; default: without accumulation
+    lr: float = 1e-3  # peak; warm-up, then cosine to min_lr
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip_grad: float = 1.0  # global norm; 0: off
+    bf16: bool = True  # weights and activations; masters and optimizer state are fp32
+    grad_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    save_every: int = 1000  # steps
+    keep: int = 2  # checkpoints
+    log_every: int = 10
+    eval_every: int = 0  # steps; 0: at the start and at the end only
+    max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run stops
+
+
+@dataclass
+class Stage1:
+    """Attention alignment."""
+
+    match: Literal["output", "heads"] = "output"  # after or before the output projection
+
+
+@dataclass
+class Stage2:
+    """Feature alignment."""
+
+    loss: Literal["mse", "cosine_smooth_l1"] = "mse"
+
+
+@dataclass
+class Stage3:
+    """Supervised fine-tuning."""
+
+    num_classes: int | None = None  # default: as many as the training data has
+    reset_head: bool = False  # start from a new head even where the teacher's fits
+    layer_decay: float | None = None
+    drop_path: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float | None = None  # decay of the weights' moving average, which is then what is judged and exported
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases; offline unless a key is set."""
+
+    enabled: bool = True
+    project: str = "vit-linearizer"
+
+
+@dataclass
+class Settings:
+    """All settings of one stage's run."""
+
+    stage: Literal["1", "2", "3"]  # 1: attention alignment, 2: feature alignment, 3: supervised fine-tuning
+    run: str | None = None  # run folder; default: runs/<recipe>
+    deepspeed: str = str(Path("ds_configs") / "zero1.json")  # DeepSpeed's JSON
+    teacher: Teacher = field(default_factory=Teacher)
+    student: Student = field(default_factory=Student)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    stage1: Stage1 = field(default_factory=Stage1)
+    stage2: Stage2 = field(default_factory=Stage2)
+    stage3: Stage3 = field(default_factory=Stage3)
+    wandb: Wandb = field(default_factory=Wandb)
+    dry_run: bool = False  # show what would run, without training
+
+
+# May change between a run and its continuation: they alter nothing of what is learned.
+FREE = {
+    "run", "dry_run", "deepspeed", "wandb", "data.workers", "student.parent",
+    "train.save_every", "train.keep", "train.log_every", "train.micro_batch_size", "train.max_skipped",
+}  # fmt: skip
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise UserError(" ".join(message.split()))
+
+
+def parse(argv: list[str] | None = None) -> Settings:
+    """Settings from a recipe and the command line.
+
+    Raises:
+        UserError: unknown or unfit setting, no such recipe.
+    """
+    argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
+    argv = ["--dry_run=true" if arg == "--dry_run" else arg for arg in argv]
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", default="default")
+    peek.add_argument("--stage")
+    known, _ = peek.parse_known_args(argv)
+    parser = _Parser(
+        prog="trainer/run.py",
+        description="Convert a softmax ViT into a linear-attention one, a stage a run.",
+        print_config="--print_config",
+    )
+    parser.add_argument("--config", default="default", help="a recipe: a YAML file, or the name of one in trainer/recipes")
+    parser.add_argument("--recipe", action="config", help="not for typing: the recipe with its stage's section laid over it")
+    parser.add_class_arguments(Settings, as_group=False)
+    if any(arg in ("-h", "--help") for arg in argv):
+        parser.print_help()
+        raise SystemExit(0)
+    if known.stage is None:
+        raise UserError("--stage: which stage is missing; give --stage 1, 2 or 3")
+    path = find_recipe(known.config)
+    given = parser.parse_args([f"--recipe={yaml.safe_dump(read_recipe(path, known.stage))}", *argv])
+    settings = _build(Settings, given)
+    settings.run = settings.run or str(Path("runs") / path.stem)
+    _check(settings)
+    return settings
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name. Raises UserError when there is none."""
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    have = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise UserError(f"--config {name}: no such recipe; give a YAML file or one of {have}")
+
+
+def read_recipe(path: Path, stage: str) -> dict[str, Any]:
+    """A recipe's settings for `stage`. Raises UserError when the file is not a mapping in YAML."""
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: must be a mapping of settings")
+    stages = {str(key): value for key, value in (recipe.pop("stages", None) or {}).items()}
+    unknown = set(stages) - {"1", "2", "3"}
+    if unknown:
+        raise UserError(f"{path}: stages has no {', '.join(sorted(unknown))}; it may hold 1, 2 and 3")
+    return _merge(recipe, stages.get(stage) or {})
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: type, given: Namespace) -> Any:
+    values = {}
+    for f in dataclasses.fields(kind):
+        value = given[f.name]
+        values[f.name] = _build(f.type, value) if dataclasses.is_dataclass(f.type) else value
+    return kind(**values)
+
+
+def _check(settings: Settings) -> None:
+    train, data = settings.train, settings.data
+    for name in ("batch_size", "save_every", "keep", "log_every"):
+        if getattr(train, name) < 1:
+            raise UserError(f"train.{name} {getattr(train, name)}: must be at least 1")
+    if train.lr <= 0:
+        raise UserError(f"train.lr {train.lr}: must be above 0")
+    if (train.steps if train.steps is not None else train.epochs) <= 0:
+        raise UserError("train.steps, train.epochs: must be above 0")
+    for name in ("mean", "std"):
+        value = getattr(data, name)
+        if value is not None and len(value) != 3:
+            raise UserError(f"data.{name} {value}: must be three values (R, G, B)")
+    if settings.stage != "3" and settings.student.attention == "softmax":
+        raise UserError("student.attention softmax: is the baseline of stage 3, there is nothing to align in stage 1 or 2")
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as a nested dict of plain values."""
+    return dataclasses.asdict(settings)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and key != "kwargs":
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Name and values of the first setting that differs and is not in `FREE`, or None."""
+    before, now = flatten(before), flatten(now)
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        if not free and before.get(key) != now.get(key):
+            return f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+    return None

@@ -1,0 +1,142 @@
+"""Processes, devices and the DeepSpeed engine."""
+
+import json
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import Settings, UserError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed builds its operators with ninja from the environment that runs, which need not be activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+
+def world() -> World:
+    """Rank, world size and device as the launcher set them in the environment; alone without a launcher."""
+    rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return World(rank, local_rank, size, device)
+
+
+def join(me: World) -> None:
+    """Enter the process group: NCCL on GPUs, gloo on CPUs. On CPUs each rank takes its share of the cores."""
+    if "RANK" not in os.environ:  # plain python: a group of one, on a port of its own
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if me.device.type == "cuda":
+        torch.cuda.set_device(me.device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    elif "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", me.size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    deepspeed.init_distributed()
+
+
+def accumulation(settings: Settings, size: int) -> int:
+    """Micro-batches a rank and optimizer step. Raises UserError when the global batch cannot be divided so."""
+    train = settings.train
+    micro = train.micro_batch_size or max(1, train.batch_size // size)
+    if train.batch_size % (micro * size):
+        what = f" x micro-batch {micro}" if train.micro_batch_size else ""
+        raise UserError(f"train.batch_size {train.batch_size}: must be a multiple of {size} ranks{what}")
+    return train.batch_size // (micro * size)
+
+
+def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON with batch size, precision and clipping filled in from the settings, which rule.
+
+    Raises:
+        UserError: the file is missing, does not parse, asks for no ZeRO stage, or contradicts a setting.
+    """
+    path = Path(settings.deepspeed)
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror}); ds_configs/ has some to choose from") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise UserError(f"--deepspeed {path}: has no section zero_optimization")
+    if config["zero_optimization"].get("stage") not in (1, 2, 3):
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 1, 2 or 3")
+    for section in ("optimizer", "scheduler", "fp16"):
+        if section in config and (section != "fp16" or config[section].get("enabled")):
+            raise UserError(f"--deepspeed {path}: {section} is not taken from there; remove it and use the train settings")
+    accumulate = accumulation(settings, size)
+    ours = {
+        "train_batch_size": (settings.train.batch_size, "train.batch_size"),
+        "train_micro_batch_size_per_gpu": (settings.train.batch_size // (size * accumulate), "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulate, "train.micro_batch_size"),
+        "gradient_clipping": (settings.train.clip_grad, "train.clip_grad"),
+        "bf16": ({"enabled": settings.train.bf16}, "train.bf16"),
+    }
+    for key, (value, name) in ours.items():
+        theirs = config.get(key, "auto")
+        if isinstance(value, dict):  # bf16: other fields than `enabled` are the file's
+            theirs = theirs if isinstance(theirs, dict) else {}
+            value = {**theirs, **value} if theirs.get("enabled", "auto") in ("auto", value["enabled"]) else value
+        if theirs not in ("auto", value) and not (isinstance(theirs, dict) and theirs.items() <= value.items()):
+            raise UserError(f"--deepspeed {path}: {key} {theirs} contradicts {name}, which gives {value}; remove it there")
+        config[key] = value
+    # Our AdamW is torch's with an average beside; the log lines are ours.
+    return {**config, "zero_allow_untested_optimizer": True, "steps_per_print": None}
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer state lies in host memory."""
+    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def build_engine(stage: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
+    """The DeepSpeed engine around a stage.
+
+    Raises:
+        UserError: DeepSpeed refuses its configuration.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=config)
+    except (DeepSpeedConfigError, ValueError) as error:
+        raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
+    return engine
+
+
+def full_fp32(parameter: torch.nn.Parameter, ema: bool = False) -> torch.Tensor:
+    """A trained parameter whole, in fp32, from the ranks' master shards; a collective, call it on all ranks.
+
+    Args:
+        ema: the moving average instead, where one is kept and a step was made.
+    """
+    value = deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema") if ema else None
+    value = deepspeed.utils.safe_get_full_fp32_param(parameter) if value is None else value
+    assert value is not None, "a trained parameter has a master copy"
+    return value
+
+
+def set_working_copy(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Overwrite the copy of a parameter that forward uses; its fp32 master stays. A collective."""
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)

@@ -1,0 +1,61 @@
+"""A stage's folder in a run: one process group at a time, one set of settings for life."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+from trainer.config import Settings, UserError, as_dict, first_difference
+
+
+class StageFolder:
+    """`RUN/stage2`: config.yaml, metrics.jsonl, checkpoints/ and, when the stage is done, export/."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Names the folder; touches nothing."""
+        self.run = Path(settings.run)
+        self.path = self.run / f"stage{settings.stage}"
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self._lock = None
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError, naming the field, when the folder belongs to a run with other settings."""
+        kept = self.path / "config.yaml"
+        if not kept.is_file():
+            return
+        try:
+            before = yaml.safe_load(kept.read_text())
+            assert isinstance(before, dict)
+        except (yaml.YAMLError, AssertionError) as error:
+            raise UserError(f"{kept}: damaged; remove {self.path} to start again") from error
+        difference = first_difference(before, json.loads(json.dumps(as_dict(settings))))
+        if difference:
+            raise UserError(f"{self.path}: was made with other settings: {difference}; use another --run, or the old value")
+
+    def claim(self, settings: Settings, rank: int) -> None:
+        """Rank 0 takes the folder until the process ends, and records the settings.
+
+        Raises:
+            UserError: another process has it, or it cannot be written.
+        """
+        if rank != 0:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part = self.path / "config.yaml.part"
+            part.write_text(yaml.safe_dump(as_dict(settings), sort_keys=False))
+            os.replace(part, self.path / "config.yaml")
+        except BlockingIOError as error:
+            raise UserError(f"{self.path}: another process is running this stage; wait for it, or use another --run") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror.lower()})") from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage has handed on its export."""
+        return (self.export / "config.json").is_file()

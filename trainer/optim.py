@@ -1,0 +1,82 @@
+"""Optimizer, parameter groups and schedule of a stage; the moving average of the weights lives in the optimizer."""
+
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from trainer.config import Train
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that can keep an exponential moving average of what it optimizes, as the state `ema` of each parameter.
+
+    Under ZeRO the optimizer sees fp32 master shards, so the average is fp32 too, sharded like the moments, and saved,
+    loaded and reshaped with them. The decay warms up as min(decay, (1 + step) / (10 + step)), as in timm's ModelEmaV3.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], ema_decay: float | None = None, **kwargs: Any) -> None:
+        super().__init__(groups, **kwargs)
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of parameters and averages. `closure` is not supported."""
+        assert closure is None
+        super().step()
+        if self.ema_decay is None:
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "ema" not in state:
+                    state["ema"] = p.detach().clone()
+                step = float(state["step"])
+                state["ema"].lerp_(p, 1 - min(self.ema_decay, (1 + step) / (10 + step)))
+
+
+def build_optimizer(
+    student: nn.Module, train: Train, layer_decay: float | None, ema: float | None, fused: bool, cpu_offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of `student`: no decay on biases, norms and embeddings, as timm groups them.
+
+    Args:
+        layer_decay: a factor a block, from the last to the first; None: one learning rate.
+        ema: decay of the moving average; None: no average is kept.
+        fused: torch's fused kernel, on a GPU.
+        cpu_offload: the state lies in host memory: DeepSpeed's own CPU Adam.
+
+    Raises:
+        ValueError: an average is asked for together with offload.
+    """
+    skip = student.no_weight_decay()
+    if layer_decay is None:
+        groups = param_groups_weight_decay(student, train.weight_decay, no_weight_decay_list=skip)
+    else:
+        groups = param_groups_layer_decay(student, train.weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay)
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
+    if cpu_offload:
+        if ema is not None:
+            raise ValueError("stage3.ema: cannot be kept with offload_optimizer; use a DeepSpeed configuration without it")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return AdamW(groups, ema, fused=fused, **options)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, train: Train, steps: int) -> CosineLRScheduler:
+    """Linear warm-up, then cosine from `train.lr` to `train.min_lr` over `steps`; `step_update(step)` is stateless."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, steps - train.warmup_steps),
+        lr_min=train.min_lr,
+        warmup_t=train.warmup_steps,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

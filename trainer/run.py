@@ -1,0 +1,100 @@
+"""Run one stage: `deepspeed trainer/run.py --stage {1,2,3} [--config RECIPE] [--group.name value ...]`."""
+
+import os
+import sys
+import time
+
+# The launcher starts this file by its path; the packages lie beside its folder.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import models
+from trainer import engine as ds
+from trainer.build import Job, build, loaders
+from trainer.checkpoint import Checkpoints
+from trainer.config import Settings, UserError, parse
+from trainer.dry_run import describe
+from trainer.folder import StageFolder
+from trainer.loop import train
+from trainer.optim import build_optimizer, build_schedule
+from trainer.tracking import Tracker
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a user's mistake (one line on stderr), 75 stopped by a signal with everything saved."""
+    me = ds.world()
+    try:
+        settings = parse(argv)
+        config = ds.deepspeed_config(settings, me.size)
+        folder = StageFolder(settings)
+        folder.check(settings)
+        job = build(settings, me, folder.run)
+        if settings.dry_run:
+            print(describe(settings, job, config, me) if me.rank == 0 else "", end="", flush=True)
+            return 0
+        if folder.complete:
+            print(f"stage {settings.stage} is complete: {folder.export}" if me.rank == 0 else "", flush=True)
+            return 0
+        folder.claim(settings, me.rank)
+    except (UserError, ValueError, OSError) as error:
+        return fail(error, me)
+    try:
+        return run(settings, config, folder, job, me)
+    except UserError as error:
+        return fail(error, me)
+
+
+def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.World) -> int:
+    """Train, judge and hand on one stage."""
+    ds.join(me)
+    train_data, val_data = loaders(settings, job, me)
+    finetuning = settings.stage3 if settings.stage == "3" else None
+    optimizer = build_optimizer(
+        job.stage.student, settings.train, finetuning and finetuning.layer_decay, finetuning and finetuning.ema,
+        fused=me.device.type == "cuda", cpu_offload=ds.offloads(config),
+    )  # fmt: skip
+    schedule = build_schedule(optimizer, settings.train, job.steps)
+    engine = ds.build_engine(job.stage, optimizer, config)
+    if job.stage.teacher is not None:
+        job.stage.teacher.to(me.device, next(job.stage.parameters()).dtype)
+
+    checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
+    found = checkpoints.newest()
+    step = found[1]["step"] if found else 0
+    if found:
+        checkpoints.restore(engine, found)
+    tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
+    tracker.say(f"stage {settings.stage}, {job.stage.name}: from {f'step {step}' if found else job.start}, to step {job.steps}")
+
+    def evaluate(at: int) -> None:
+        if val_data is not None:
+            tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **job.stage.evaluate(engine, val_data)})
+
+    def save(at: int) -> None:
+        checkpoints.save(engine, {"step": at, "samples": at * settings.train.batch_size, "world_size": me.size,
+                                  "lineage": job.export["lineage"]})  # fmt: skip
+
+    if step == 0:
+        evaluate(0)
+    status = train(engine, train_data, schedule, settings.train, step, job.steps, tracker, save, evaluate)
+    if status == 0:
+        evaluate(job.steps)
+        state = job.stage.export()
+        if me.rank == 0:
+            models.save(folder.export, state, job.export)
+            tracker.say(f"stage {settings.stage} is done: {folder.export}")
+    train_data.close()
+    tracker.close()
+    return status
+
+
+def fail(error: Exception, me: ds.World) -> int:
+    """One line, from rank 0 where all ranks fail alike."""
+    if me.rank != 0:
+        time.sleep(2)  # the launcher ends this rank when rank 0 has failed too; else the failure is this rank's alone
+    where = f" (rank {me.rank})" if me.rank else ""
+    print(f"error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Stage 2, feature alignment: the whole student learns the final features of the frozen teacher.
+
+ViT-AdaLA, arXiv 2603.16063: both run in the same process, the target is made on the fly.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.stages.base import Batch, Pass, Stage
+
+
+def mse(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """Mean squared error over tokens and channels: [B, N, D] twice -> {"loss": [B]}."""
+    return {"loss": F.mse_loss(student, teacher, reduction="none").mean((1, 2))}
+
+
+def cosine_smooth_l1(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """0.9 (1 - cosine) + 0.1 smooth L1, means over tokens, as in AM-RADIO, arXiv 2312.06709, equation 3."""
+    cosine = (1 - F.cosine_similarity(student, teacher, dim=-1)).mean(1)
+    smooth_l1 = F.smooth_l1_loss(student, teacher, reduction="none").mean((1, 2))
+    return {"loss": 0.9 * cosine + 0.1 * smooth_l1, "cosine": cosine, "smooth_l1": smooth_l1}
+
+
+LOSSES = {"mse": mse, "cosine_smooth_l1": cosine_smooth_l1}
+
+
+class FeatureAlignment(Stage):
+    """Student tokens after the last norm, prefix and patches, are pulled to the teacher's; all but the head is trained."""
+
+    name = "feature alignment"
+    trainable = "backbone"
+
+    def prepare(self) -> None:
+        """Checkpointing and compilation, block by block."""
+        self.student.set_grad_checkpointing(self.settings.train.grad_checkpointing)
+        if self.settings.train.compile:
+            for block in (*self.student.blocks, *self.teacher.blocks):
+                block.compile()
+
+    def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
+        """{"loss": [B], **parts}."""
+        return LOSSES[self.settings.stage2.loss](see.student[0].float(), see.teacher["norm"].float())
