@@ -50,7 +50,7 @@ class Digits:
             raise IndexError(index)
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([list(COUNTS).index(self.split), index])))
         canvas = _background(rng)
-        for _ in range(rng.integers(5, 11)):
+        for _ in range(rng.integers(4, 9)):
             self._add_fragment(canvas, rng)
         which = rng.integers(len(self._labels))
         label = int(self._labels[which])

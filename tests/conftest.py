@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from data.write import write
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 ARCHITECTURE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 4}
@@ -22,7 +23,7 @@ ARCHITECTURE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "m
 class Blobs:
     """Images of one of four colours in a noisy corner: [32, 32, 3] and a label."""
 
-    classes = ["a", "b", "c", "d"]
+    classes = ("a", "b", "c", "d")
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -53,8 +54,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             block.attn.qkv.weight.mul_(20)  # attention that matters
     save_file(teacher.state_dict(), folder / "teacher.safetensors")
     recipe = {
-        "teacher": {"name": "vit_tiny_patch16_224", "kwargs": ARCHITECTURE, "weights": str(folder / "teacher.safetensors")},
-        "data": {"train": str(folder / "train.beton"), "val": str(folder / "val.beton"), "image_size": 32, "workers": 1},
+        "teacher": {
+            "name": "vit_tiny_patch16_224",
+            "kwargs": ARCHITECTURE,
+            "weights": str(folder / "teacher.safetensors"),
+        },
+        "data": {
+            "train": str(folder / "train.beton"),
+            "val": str(folder / "val.beton"),
+            "image_size": 32,
+            "workers": 1,
+        },
         "train": {"batch_size": 16, "bf16": False, "steps": 6, "lr": 1e-3, "log_every": 1, "save_every": 1000},
         "wandb": {"enabled": False},
     }
@@ -86,7 +96,17 @@ class Result:
 def run_trainer(small: Path, run: Path, stage: int, *options: str, ranks: int = 1, timeout: int = 400) -> Result:
     """`trainer/run.py` on the small data set, through the deepspeed launcher when `ranks` is above 1."""
     start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), "--num_gpus", str(ranks)]
-    command = [*start, "trainer/run.py", "--config", str(small / "recipe.yaml"), "--stage", str(stage), "--run", str(run), *options]
+    command = [
+        *start,
+        "trainer/run.py",
+        "--config",
+        str(small / "recipe.yaml"),
+        "--stage",
+        str(stage),
+        "--run",
+        str(run),
+        *options,
+    ]
     env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     return Result(done, run / f"stage{stage}")

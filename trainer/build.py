@@ -1,6 +1,6 @@
 """From settings to what a stage runs on: data, teacher, student and lineage, checked before anything is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,27 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
         chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, _pair(settings.data.image_size)
     )
     models.check_linearizable(teacher)
-    given = vars(settings.data) | {"image_size": settings.data.image_size or teacher.pretrained_cfg["input_size"][-1]}
+    given = vars(settings.data) | {"image_size": settings.data.image_size or teacher.patch_embed.img_size[0]}
     given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
     models.check_image_size(teacher, given["image_size"])
     student, start, lineage = _student(settings, teacher, folder, given["image_size"])
-    _check_labels(settings, infos, student)
-    lineage["data"] = [*lineage["data"], {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}]
+    num_classes = _num_classes(settings, infos, student)
+    lineage["data"] = [
+        *lineage["data"],
+        {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256},
+    ]
     lineage["stages"] = [*lineage["stages"], settings.stage]
 
     untrained = not (chosen.pretrained or chosen.weights)
-    stage = STAGES[settings.stage](settings, student, None if untrained else teacher)
+    if untrained and settings.stage != "3":
+        raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
+                        "give its file with --teacher.weights FILE")  # fmt: skip
+    resolved = replace(settings, stage3=replace(settings.stage3, num_classes=num_classes))
+    stage = STAGES[settings.stage](resolved, student, None if untrained else teacher)
+    if not any(p.requires_grad for p in stage.parameters()):
+        raise UserError(
+            f"student.trainable {settings.student.trainable}: the student has no such parameters; choose another"
+        )
     kwargs = chosen.kwargs | {"num_classes": stage.student.num_classes, "img_size": given["image_size"]}
     export = {
         "backbone": {"name": chosen.name, "kwargs": kwargs},
@@ -98,7 +109,11 @@ def _student(
     """The student, where it starts from in words, and the lineage so far."""
     wanted = settings.student
     lineage = {
-        "teacher": {"name": settings.teacher.name, "kwargs": settings.teacher.kwargs, "sha256": models.fingerprint(teacher.blocks)},
+        "teacher": {
+            "name": settings.teacher.name,
+            "kwargs": settings.teacher.kwargs,
+            "sha256": models.fingerprint(teacher.blocks),
+        },
         "feature_map": wanted.feature_map,
         "linear_blocks": [],
         "stages": [],
@@ -106,20 +121,41 @@ def _student(
     }
     copied = models.linearize(teacher, wanted.feature_map, wanted.keep_softmax)
     if wanted.attention == "softmax":
-        start = "random weights" if not (settings.teacher.pretrained or settings.teacher.weights) else "the teacher's weights"
-        return models.linearize(teacher, keep_softmax=range(len(teacher.blocks))), f"{start}, softmax attention", lineage
+        start = (
+            "random weights"
+            if not (settings.teacher.pretrained or settings.teacher.weights)
+            else "the teacher's weights"
+        )
+        return (
+            models.linearize(teacher, keep_softmax=range(len(teacher.blocks))),
+            f"{start}, softmax attention",
+            lineage,
+        )
     lineage["linear_blocks"] = models.linear_blocks(copied)
+    if not lineage["linear_blocks"]:
+        raise UserError(f"student.keep_softmax {wanted.keep_softmax}: leaves no block to convert; keep fewer, "
+                        "or for the baseline of stage 3 give --student.attention softmax")  # fmt: skip
     parent = _parent(settings, folder)
     if parent is None:
         return copied, "the teacher's copied weights, no earlier stage's", lineage
-    theirs = models.read_config(parent)["lineage"]
-    for field in ("teacher.name", "teacher.kwargs", "teacher.sha256", "feature_map", "linear_blocks"):
-        was, now = _get(theirs, field), _get(lineage, field)
+    theirs = models.read_config(parent).get("lineage")
+    for field in ("teacher.name", "teacher.kwargs", "teacher.sha256", "feature_map", "linear_blocks", "stages", "data"):
+        try:
+            was, now = _get(theirs, field), _get(lineage, field)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{parent}/config.json: damaged, its lineage has no {field}; make the export again, "
+                            "or choose another with --student.parent") from error  # fmt: skip
+        if field in ("stages", "data"):  # handed on
+            continue
         if was != now:
             raise UserError(f"{parent}: does not fit as a parent: its {field} is {was!r}, this run's is {now!r}; "
                             "mend the setting, or choose another with --student.parent")  # fmt: skip
     student = models.load(parent, image_size)
-    return student, f"{parent} (after stage {' and '.join(theirs['stages'])})", lineage | {k: theirs[k] for k in ("stages", "data")}
+    return (
+        student,
+        f"{parent} (after stage {' and '.join(theirs['stages'])})",
+        lineage | {k: theirs[k] for k in ("stages", "data")},
+    )
 
 
 def _parent(settings: Settings, folder: Path) -> Path | None:
@@ -131,20 +167,21 @@ def _parent(settings: Settings, folder: Path) -> Path | None:
     return found if (found / "config.json").is_file() else None
 
 
-def _check_labels(settings: Settings, infos: dict[str, data.Info], student: VisionTransformer) -> None:
-    if settings.stage == "3":
+def _num_classes(settings: Settings, infos: dict[str, data.Info], student: VisionTransformer) -> int:
+    """Classes of the head that the stage ends with; checks that the labels are among them."""
+    finetuning, num_classes = settings.stage == "3", student.num_classes
+    if finetuning:
         for split, info in infos.items():
             if not info.has_labels:
                 raise UserError(f"data.{split} {info.path}: has no labels, which stage 3 learns from")
         train = infos["train"]
-        fitting = len(train.classes) if train.classes else train.max_label + 1
-        settings.stage3.num_classes = settings.stage3.num_classes or fitting
-    num_classes = settings.stage3.num_classes if settings.stage == "3" else student.num_classes
+        num_classes = settings.stage3.num_classes or (len(train.classes) if train.classes else train.max_label + 1)
     for split, info in infos.items():
-        judged = settings.stage == "3" or (split == "val" and num_classes > 1)
+        judged = finetuning or (split == "val" and num_classes > 1)
         if judged and info.has_labels and info.max_label >= num_classes:
             raise UserError(f"data.{split} {info.path}: has labels up to {info.max_label}, "
                             f"outside the head's {num_classes} classes")  # fmt: skip
+    return num_classes
 
 
 def _pair(image_size: int | None) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Sharded checkpoints: written aside, listed in a manifest with sizes and hashes, published by one rename.
 
-A folder `checkpoints/step-00001000` holds DeepSpeed's shards and `manifest.json`; without a manifest that fits it is not a
-checkpoint. Frozen weights are in none: they come from the teacher or the parent export.
+A folder `checkpoints/step-00001000` holds DeepSpeed's shards and `manifest.json`; without a manifest that fits it is
+not a checkpoint. Frozen weights are in none: they come from the teacher or the parent export.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 
 from trainer.config import UserError
@@ -72,7 +71,9 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             last = self.steps()
             again = f"the same command resumes from step {last[-1]}" if last else "the same command starts again"
-            raise UserError(f"{final}: the checkpoint cannot be written ({_reason(error)}); make room, then {again}") from error
+            raise UserError(
+                f"{final}: the checkpoint cannot be written ({_reason(error)}); make room, then {again}"
+            ) from error
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest complete checkpoint and its manifest; damaged ones are named on stderr and passed over."""
@@ -92,8 +93,9 @@ class Checkpoints:
         """
         path, manifest = found
         if manifest["world_size"] != dist.get_world_size():
-            raise UserError(f"{path}: was written by {manifest['world_size']} ranks, these are {dist.get_world_size()}; "
-                            "start as many")  # fmt: skip
+            raise UserError(
+                f"{path}: was written by {manifest['world_size']} ranks, these are {dist.get_world_size()}; start as many"
+            )
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name, load_module_strict=False)
         assert loaded is not None, f"DeepSpeed found nothing in {path}, though its files were verified"
 
@@ -129,4 +131,6 @@ def _write_synced(path: Path, content: bytes) -> None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return "no space left on device, or the file system failed" if "PytorchStreamWriter" in str(error) else str(error).splitlines()[0]
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    of_torchs_writer = "PytorchStreamWriter" in first or "inline_container" in first
+    return "no space left on device, or the file system failed" if of_torchs_writer else first

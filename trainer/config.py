@@ -5,8 +5,10 @@ A recipe's `stages` section holds what differs a stage; it is laid over the rest
 
 import argparse
 import dataclasses
+import difflib
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,9 +146,73 @@ FREE = {
 }  # fmt: skip
 
 
+# What a setting may be, beyond its type.
+_POSITIVE = (lambda v: v > 0, "above 0")
+_NOT_NEGATIVE = (lambda v: v >= 0, "at least 0")
+_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+_SHARE = (lambda v: 0 <= v <= 1, "in 0..1")
+_BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data.image_size": _AT_LEAST_1,
+    "data.mean": (lambda v: len(v) == 3, "three values (R, G, B)"),
+    "data.std": (lambda v: len(v) == 3 and min(v) > 0, "three values (R, G, B) above 0"),
+    "data.crop_pct": _FACTOR,
+    "data.scale": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "two values, 0 < least <= most <= 1"),
+    "data.ratio": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "two values, 0 < least <= most"),
+    "data.hflip": _SHARE,
+    "data.workers": _AT_LEAST_1,
+    "train.epochs": _POSITIVE,
+    "train.steps": _AT_LEAST_1,
+    "train.batch_size": _AT_LEAST_1,
+    "train.micro_batch_size": _AT_LEAST_1,
+    "train.lr": _POSITIVE,
+    "train.min_lr": _NOT_NEGATIVE,
+    "train.warmup_steps": _NOT_NEGATIVE,
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.betas": (lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two values, at least 0 and below 1"),
+    "train.clip_grad": _NOT_NEGATIVE,
+    "train.seed": _NOT_NEGATIVE,
+    "train.save_every": _AT_LEAST_1,
+    "train.keep": _AT_LEAST_1,
+    "train.log_every": _AT_LEAST_1,
+    "train.eval_every": _NOT_NEGATIVE,
+    "train.max_skipped": _AT_LEAST_1,
+    "stage3.num_classes": _AT_LEAST_1,
+    "stage3.layer_decay": _FACTOR,
+    "stage3.drop_path": _BELOW_1,
+    "stage3.label_smoothing": _BELOW_1,
+    "stage3.mixup": _NOT_NEGATIVE,
+    "stage3.cutmix": _NOT_NEGATIVE,
+    "stage3.ema": _BELOW_1,
+}
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
-        raise UserError(" ".join(message.split()))
+        message = " ".join(message.split())
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            message = f"{unknown[1]}: {_no_such(unknown[1].lstrip('-'))}"
+        elif wrong := re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
+            kind = dict(_names(Settings)).get(wrong[1])
+            words = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            message = f"{wrong[1]} {wrong[2]}: must be {words.replace('Literal', 'one of ')}"
+        raise UserError(message)
+
+
+def _names(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("train.lr", float) and so on, all settings of a dataclass."""
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.type):
+            yield from _names(f.type, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f.type
+
+
+def _no_such(name: str) -> str:
+    have = {part for known, _ in _names(Settings) for part in (known, known.split(".")[0])} - {name}
+    near = difflib.get_close_matches(name, sorted(have), 1)
+    return f"no such setting; {f'did you mean {near[0]}? ' if near else ''}--print_config shows all"
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -157,17 +223,25 @@ def parse(argv: list[str] | None = None) -> Settings:
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
     argv = ["--dry_run=true" if arg == "--dry_run" else arg for arg in argv]
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config", default="default")
     peek.add_argument("--stage")
-    known, _ = peek.parse_known_args(argv)
+    try:
+        known, _ = peek.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
     parser = _Parser(
         prog="trainer/run.py",
         description="Convert a softmax ViT into a linear-attention one, a stage a run.",
         print_config="--print_config",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", default="default", help="a recipe: a YAML file, or the name of one in trainer/recipes")
-    parser.add_argument("--recipe", action="config", help="not for typing: the recipe with its stage's section laid over it")
+    parser.add_argument(
+        "--config", default="default", help="a recipe: a YAML file, or the name of one in trainer/recipes"
+    )
+    parser.add_argument(
+        "--recipe", action="config", help="not for typing: the recipe with its stage's section laid over it"
+    )
     parser.add_class_arguments(Settings, as_group=False)
     if any(arg in ("-h", "--help") for arg in argv):
         parser.print_help()
@@ -199,11 +273,27 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: must be a mapping of settings")
-    stages = {str(key): value for key, value in (recipe.pop("stages", None) or {}).items()}
+    stages = recipe.pop("stages", None) or {}
+    if not isinstance(stages, dict):
+        raise UserError(f"{path}: stages must be a mapping, a section a stage")
+    stages = {str(key): value or {} for key, value in stages.items()}
     unknown = set(stages) - {"1", "2", "3"}
     if unknown:
         raise UserError(f"{path}: stages has no {', '.join(sorted(unknown))}; it may hold 1, 2 and 3")
-    return _merge(recipe, stages.get(stage) or {})
+    for part, prefix in ((recipe, ""), *((part, f"stages.{key}.") for key, part in stages.items())):
+        _check_names(path, part, prefix)
+    return _merge(recipe, stages.get(stage, {}))
+
+
+def _check_names(path: Path, part: Any, prefix: str, kind: type = Settings, inside: str = "") -> None:
+    if not isinstance(part, Mapping):
+        raise UserError(f"{path}: {prefix.rstrip('.')} {part!r}: must be a mapping of settings")
+    kinds = {f.name: f.type for f in dataclasses.fields(kind)}
+    for key, value in part.items():
+        if key not in kinds:
+            raise UserError(f"{path}: {prefix}{key}: {_no_such(f'{inside}{key}')}")
+        if dataclasses.is_dataclass(kinds[key]):
+            _check_names(path, value, f"{prefix}{key}.", kinds[key], f"{inside}{key}.")
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,20 +313,18 @@ def _build(kind: type, given: Namespace) -> Any:
 
 
 def _check(settings: Settings) -> None:
-    train, data = settings.train, settings.data
-    for name in ("batch_size", "save_every", "keep", "log_every"):
-        if getattr(train, name) < 1:
-            raise UserError(f"train.{name} {getattr(train, name)}: must be at least 1")
-    if train.lr <= 0:
-        raise UserError(f"train.lr {train.lr}: must be above 0")
-    if (train.steps if train.steps is not None else train.epochs) <= 0:
-        raise UserError("train.steps, train.epochs: must be above 0")
-    for name in ("mean", "std"):
-        value = getattr(data, name)
-        if value is not None and len(value) != 3:
-            raise UserError(f"data.{name} {value}: must be three values (R, G, B)")
+    values = flatten(as_dict(settings))
+    for name, (fits, words) in RANGES.items():
+        if values[name] is not None and not fits(values[name]):
+            raise UserError(f"{name} {values[name]}: must be {words}")
     if settings.stage != "3" and settings.student.attention == "softmax":
-        raise UserError("student.attention softmax: is the baseline of stage 3, there is nothing to align in stage 1 or 2")
+        raise UserError(
+            "student.attention softmax: is the baseline of stage 3, there is nothing to align in stage 1 or 2"
+        )
+    if settings.stage != "3" and settings.student.trainable == "head":
+        raise UserError(
+            "student.trainable head: no loss of stage 1 or 2 reaches the head; choose qkv, attention or backbone"
+        )
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

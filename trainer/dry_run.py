@@ -23,10 +23,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     micro = settings.train.batch_size // me.size // accumulate
     flops, activations = measure(settings, job)
     states = model_state_bytes(trained, frozen, teacher, zero, me.size, settings.train.bf16, offloads(config))
-    finetuning = settings.stage3 if settings.stage == "3" else None
-    groups = build_optimizer(
-        stage.student, settings.train, finetuning and finetuning.layer_decay, None, fused=False, cpu_offload=False
-    ).param_groups
+    groups = build_optimizer(stage.student, settings, fused=False, cpu_offload=False).param_groups
     lines = [
         f"stage {settings.stage}: {stage.name}",
         f"starts from: {job.start}",

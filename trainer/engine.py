@@ -1,14 +1,18 @@
 """Processes, devices and the DeepSpeed engine."""
 
+import difflib
 import json
 import os
+import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from trainer.config import Settings, UserError
 
@@ -21,6 +25,8 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,13 @@ def join(me: World) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
     if me.device.type == "cuda":
         torch.cuda.set_device(me.device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -54,6 +66,13 @@ def join(me: World) -> None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", me.size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed()
+
+
+def let_rank_0_speak(me: World) -> None:
+    """Called by a rank that failed. Where rank 0 has failed too, the launcher ends this one: no second word is heard."""
+    if me.rank != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop's flag would be heeded by no one
+        time.sleep(15)
 
 
 def accumulation(settings: Settings, size: int) -> int:
@@ -76,16 +95,23 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror}); ds_configs/ has some to choose from") from error
+        raise UserError(
+            f"--deepspeed {path}: cannot be read ({error.strerror}); ds_configs/ has some to choose from"
+        ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed {path}: not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise UserError(f"--deepspeed {path}: has no section zero_optimization")
     if config["zero_optimization"].get("stage") not in (1, 2, 3):
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 1, 2 or 3")
+    for section in ("bf16", "fp16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"--deepspeed {path}: {section} {config[section]!r}: must be a section; remove it there")
     for section in ("optimizer", "scheduler", "fp16"):
         if section in config and (section != "fp16" or config[section].get("enabled")):
-            raise UserError(f"--deepspeed {path}: {section} is not taken from there; remove it and use the train settings")
+            raise UserError(
+                f"--deepspeed {path}: {section} is not taken from there; remove it and use the train settings"
+            )
     accumulate = accumulation(settings, size)
     ours = {
         "train_batch_size": (settings.train.batch_size, "train.batch_size"),
@@ -94,21 +120,36 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
         "gradient_clipping": (settings.train.clip_grad, "train.clip_grad"),
         "bf16": ({"enabled": settings.train.bf16}, "train.bf16"),
     }
+    known = [*ours, "zero_optimization", "optimizer", "scheduler", "fp16"]
+    for key in config:  # DeepSpeed passes over what it does not know
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.85)
+        if near and key not in known:
+            raise UserError(f"--deepspeed {path}: {key}: no such key; did you mean {near[0]}?")
     for key, (value, name) in ours.items():
         theirs = config.get(key, "auto")
         if isinstance(value, dict):  # bf16: other fields than `enabled` are the file's
             theirs = theirs if isinstance(theirs, dict) else {}
             value = {**theirs, **value} if theirs.get("enabled", "auto") in ("auto", value["enabled"]) else value
         if theirs not in ("auto", value) and not (isinstance(theirs, dict) and theirs.items() <= value.items()):
-            raise UserError(f"--deepspeed {path}: {key} {theirs} contradicts {name}, which gives {value}; remove it there")
+            raise UserError(
+                f"--deepspeed {path}: {key} {theirs} contradicts {name}, which gives {value}; remove it there"
+            )
         config[key] = value
+    for section, kind in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        try:
+            kind(**config[section])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where, why = ".".join(map(str, (section, *first["loc"]))), first["msg"].lower()
+            raise UserError(f"--deepspeed {path}: {where}: DeepSpeed refuses it ({why}); mend or remove it") from error
     # Our AdamW is torch's with an average beside; the log lines are ours.
     return {**config, "zero_allow_untested_optimizer": True, "steps_per_print": None}
 
 
 def offloads(config: dict[str, Any]) -> bool:
     """Whether the optimizer state lies in host memory."""
-    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    section = config["zero_optimization"].get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
 
 
 def build_engine(stage: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:

@@ -4,9 +4,13 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
+from safetensors import SafetensorError
+from torch import Tensor
 
+import models
 from trainer.config import Settings, UserError, as_dict, first_difference
 
 
@@ -29,11 +33,13 @@ class StageFolder:
         try:
             before = yaml.safe_load(kept.read_text())
             assert isinstance(before, dict)
-        except (yaml.YAMLError, AssertionError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
             raise UserError(f"{kept}: damaged; remove {self.path} to start again") from error
         difference = first_difference(before, json.loads(json.dumps(as_dict(settings))))
         if difference:
-            raise UserError(f"{self.path}: was made with other settings: {difference}; use another --run, or the old value")
+            raise UserError(
+                f"{self.path}: was made with other settings: {difference}; use another --run, or the old value"
+            )
 
     def claim(self, settings: Settings, rank: int) -> None:
         """Rank 0 takes the folder until the process ends, and records the settings.
@@ -51,9 +57,24 @@ class StageFolder:
             part.write_text(yaml.safe_dump(as_dict(settings), sort_keys=False))
             os.replace(part, self.path / "config.yaml")
         except BlockingIOError as error:
-            raise UserError(f"{self.path}: another process is running this stage; wait for it, or use another --run") from error
+            raise UserError(
+                f"{self.path}: another process is running this stage; wait for it, or use another --run"
+            ) from error
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror.lower()})") from error
+
+    def hand_on(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Write the export.
+
+        Raises:
+            UserError: it cannot be written (no space left, say).
+        """
+        try:
+            models.save(self.export, state, config)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.export}: cannot be written ({error}); make room, then run the same command again"
+            ) from error
 
     @property
     def complete(self) -> bool:

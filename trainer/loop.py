@@ -80,8 +80,8 @@ def train(
         tracker.advance()
         skipped = 0 if engine.was_step_applied() else skipped + 1
         if skipped >= settings.max_skipped:
-            raise UserError(f"step {step}: {skipped} steps in a row had a non-finite loss or gradient on some rank "
-                            f"(this rank's loss {losses['loss'].item():.4g}); lower train.lr or set train.bf16 false")  # fmt: skip
+            raise UserError(f"step {step}: {skipped} steps in a row had a non-finite loss or gradient on some rank, the "
+                            f"loss here is {losses['loss'].item():.4g}; lower train.lr or set train.bf16 false")  # fmt: skip
         if step % settings.log_every == 0 or step == steps:
             means = torch.stack(list(losses.values()))
             dist.all_reduce(means, op=dist.ReduceOp.AVG if means.is_cuda else dist.ReduceOp.SUM)
@@ -95,14 +95,16 @@ def train(
                 "images_per_second": counted * settings.batch_size / elapsed, "data_wait": waited / elapsed,
             })  # fmt: skip
             waited, since, counted = 0.0, time.perf_counter(), 0
-        if settings.eval_every and step % settings.eval_every == 0 and step < steps:
+        if step == steps or (settings.eval_every and step % settings.eval_every == 0):
             evaluate(step)
             waited, since, counted = 0.0, time.perf_counter(), 0
         stopping = stop.agreed(engine.device)
         if stopping or step == steps or step % settings.save_every == 0:
             save(step)
         if stopping and step < steps:
-            tracker.say(f"stopped by a signal at step {step} of {steps}, everything is saved; run the same command again")
+            tracker.say(
+                f"stopped by a signal at step {step} of {steps}, everything is saved; run the same command again"
+            )
             return STOPPED
     return 0
 

@@ -7,7 +7,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from trainer.config import Train
+from trainer.config import Settings, Train, UserError
 
 
 class AdamW(torch.optim.AdamW):
@@ -39,30 +39,30 @@ class AdamW(torch.optim.AdamW):
                 state["ema"].lerp_(p, 1 - min(self.ema_decay, (1 + step) / (10 + step)))
 
 
-def build_optimizer(
-    student: nn.Module, train: Train, layer_decay: float | None, ema: float | None, fused: bool, cpu_offload: bool
-) -> torch.optim.Optimizer:
+def build_optimizer(student: nn.Module, settings: Settings, fused: bool, cpu_offload: bool) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of `student`: no decay on biases, norms and embeddings, as timm groups them.
 
+    Stage 3 adds `layer_decay`, a factor a block from the last to the first, and `ema`.
+
     Args:
-        layer_decay: a factor a block, from the last to the first; None: one learning rate.
-        ema: decay of the moving average; None: no average is kept.
         fused: torch's fused kernel, on a GPU.
         cpu_offload: the state lies in host memory: DeepSpeed's own CPU Adam.
 
     Raises:
-        ValueError: an average is asked for together with offload.
+        UserError: an average is asked for together with offload.
     """
-    skip = student.no_weight_decay()
-    if layer_decay is None:
-        groups = param_groups_weight_decay(student, train.weight_decay, no_weight_decay_list=skip)
+    train, finetuning = settings.train, settings.stage == "3"
+    ema = settings.stage3.ema if finetuning else None
+    if cpu_offload and ema is not None:
+        raise UserError("stage3.ema: cannot be kept with offload_optimizer; use a --deepspeed file without it")
+    options = {"weight_decay": train.weight_decay, "no_weight_decay_list": student.no_weight_decay()}
+    if finetuning and settings.stage3.layer_decay is not None:
+        groups = param_groups_layer_decay(student, **options, layer_decay=settings.stage3.layer_decay)
     else:
-        groups = param_groups_layer_decay(student, train.weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay)
+        groups = param_groups_weight_decay(student, **options)
     groups = [group for group in groups if group["params"]]
     options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     if cpu_offload:
-        if ema is not None:
-            raise ValueError("stage3.ema: cannot be kept with offload_optimizer; use a DeepSpeed configuration without it")
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)

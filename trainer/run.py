@@ -2,16 +2,14 @@
 
 import os
 import sys
-import time
 
 # The launcher starts this file by its path; the packages lie beside its folder.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import models
 from trainer import engine as ds
 from trainer.build import Job, build, loaders
 from trainer.checkpoint import Checkpoints
-from trainer.config import Settings, UserError, parse
+from trainer.config import Settings, UserError, as_dict, parse
 from trainer.dry_run import describe
 from trainer.folder import StageFolder
 from trainer.loop import train
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, me)
     try:
         return run(settings, config, folder, job, me)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return fail(error, me)
 
 
@@ -47,11 +45,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     """Train, judge and hand on one stage."""
     ds.join(me)
     train_data, val_data = loaders(settings, job, me)
-    finetuning = settings.stage3 if settings.stage == "3" else None
-    optimizer = build_optimizer(
-        job.stage.student, settings.train, finetuning and finetuning.layer_decay, finetuning and finetuning.ema,
-        fused=me.device.type == "cuda", cpu_offload=ds.offloads(config),
-    )  # fmt: skip
+    optimizer = build_optimizer(job.stage.student, settings, me.device.type == "cuda", ds.offloads(config))
     schedule = build_schedule(optimizer, settings.train, job.steps)
     engine = ds.build_engine(job.stage, optimizer, config)
     if job.stage.teacher is not None:
@@ -63,24 +57,27 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     if found:
         checkpoints.restore(engine, found)
     tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
-    tracker.say(f"stage {settings.stage}, {job.stage.name}: from {f'step {step}' if found else job.start}, to step {job.steps}")
+    tracker.say(
+        f"stage {settings.stage}, {job.stage.name}: from {f'step {step}' if found else job.start}, to step {job.steps}"
+    )
 
     def evaluate(at: int) -> None:
         if val_data is not None:
-            tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **job.stage.evaluate(engine, val_data)})
+            values = job.stage.evaluate(engine, val_data)
+            tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values})
 
     def save(at: int) -> None:
-        checkpoints.save(engine, {"step": at, "samples": at * settings.train.batch_size, "world_size": me.size,
-                                  "lineage": job.export["lineage"]})  # fmt: skip
+        samples = at * settings.train.batch_size
+        state = {"step": at, "samples": samples, "world_size": me.size, "settings": as_dict(settings)}
+        checkpoints.save(engine, state | {"lineage": job.export["lineage"]})
 
     if step == 0:
         evaluate(0)
     status = train(engine, train_data, schedule, settings.train, step, job.steps, tracker, save, evaluate)
     if status == 0:
-        evaluate(job.steps)
         state = job.stage.export()
         if me.rank == 0:
-            models.save(folder.export, state, job.export)
+            folder.hand_on(state, job.export)
             tracker.say(f"stage {settings.stage} is done: {folder.export}")
     train_data.close()
     tracker.close()
@@ -89,8 +86,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
 
 def fail(error: Exception, me: ds.World) -> int:
     """One line, from rank 0 where all ranks fail alike."""
-    if me.rank != 0:
-        time.sleep(2)  # the launcher ends this rank when rank 0 has failed too; else the failure is this rank's alone
+    ds.let_rank_0_speak(me)
     where = f" (rank {me.rank})" if me.rank else ""
     print(f"error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
     return 2

@@ -62,10 +62,8 @@ class Tracker:
             tqdm.write(said, file=sys.stderr)
             sys.stderr.flush()
         else:
-            self.bar.set_postfix_str(
-                f"loss {line['loss']:.4g}  {line['images_per_second']:.0f} images/s  {line['data_wait']:.0%} waiting for data",
-                refresh=False,
-            )
+            speed = f"{line['images_per_second']:.0f} images/s  {line['data_wait']:.0%} waiting for data"
+            self.bar.set_postfix_str(f"loss {line['loss']:.4g}  {speed}", refresh=False)
 
     def advance(self) -> None:
         """One step was made."""

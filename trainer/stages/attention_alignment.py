@@ -23,7 +23,7 @@ class AttentionAlignment(Stage):
         """Names what is read of the teacher."""
         self.blocks = linear_blocks(self.student)
         self.point = {"output": "mha", "heads": "heads"}[self.settings.stage1.match]
-        self.teacher_taps = tuple(f"blocks.{i}.{point}" for i in self.blocks for point in ("ln1", self.point))
+        self.teacher_taps = tuple(f"blocks.{i}.{point}" for i in self.blocks for point in ("attn_in", self.point))
         self.student_taps = tuple(f"blocks.{i}.{self.point}" for i in self.blocks)
         if self.settings.train.compile:
             for i in self.blocks:
@@ -33,7 +33,7 @@ class AttentionAlignment(Stage):
         """{"loss": [B]}."""
         with taps(self.student, self.student_taps) as read:
             for i in self.blocks:
-                self.attend(self.student.blocks[i].attn, see.teacher[f"blocks.{i}.ln1"])
+                self.attend(self.student.blocks[i].attn, see.teacher[f"blocks.{i}.attn_in"])
         errors = [
             F.mse_loss(read[name].float(), see.teacher[name].float(), reduction="none").mean((1, 2))
             for name in self.student_taps

@@ -131,8 +131,10 @@ class Stage(nn.Module):
             set_working_copy(parameter, full_fp32(parameter))
 
     def export(self) -> dict[str, Tensor]:
-        """The student's state dict on the CPU: trained weights from their fp32 masters (or averages), frozen ones as
-        they came. A collective, call it on all ranks."""  # noqa: D209
+        """The student's state dict on the CPU: trained weights from fp32 masters (or averages), the rest as it came.
+
+        A collective, call it on all ranks.
+        """
         trained = {
             name: full_fp32(parameter, ema=self.averages).cpu()
             for name, parameter in self.student.named_parameters()
@@ -148,7 +150,7 @@ def tokens_and_logits(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Te
 
 
 def trainable_parameters(student: VisionTransformer, which: str) -> list[nn.Parameter]:
-    """The parameters called `qkv` or `attention` (of linear blocks), `backbone` (up to the last norm), `head` or `all`."""
+    """Parameters by name: `qkv` or `attention` of the linear blocks, `backbone` up to the last norm, `head`, `all`."""
     linear = [block.attn for block in student.blocks if isinstance(block.attn, LinearAttention)]
     if which == "qkv":
         return [p for attn in linear for p in attn.qkv.parameters()]

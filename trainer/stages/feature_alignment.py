@@ -25,7 +25,7 @@ LOSSES = {"mse": mse, "cosine_smooth_l1": cosine_smooth_l1}
 
 
 class FeatureAlignment(Stage):
-    """Student tokens after the last norm, prefix and patches, are pulled to the teacher's; all but the head is trained."""
+    """The student's final tokens, prefix and patches, are pulled to the teacher's; all but the head is trained."""
 
     name = "feature alignment"
     trainable = "backbone"

@@ -1,0 +1,195 @@
+"""The stages on real DeepSpeed ranks: what is trained, what is frozen, equal curves on 1 and 2 ranks, resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_trainer
+from safetensors.torch import load_file
+
+import models
+
+STAGES = (1, 2, 3)
+# fp32; ranks add up gradients and losses in another order.
+SAME = {"rel": 2e-4, "abs": 1e-7}
+OPTIONS = {
+    1: [],
+    2: ["--stage2.loss", "cosine_smooth_l1"],
+    3: [
+        "--stage3.layer_decay",
+        "0.7",
+        "--stage3.ema",
+        "0.9",
+        "--stage3.label_smoothing",
+        "0.1",
+        "--train.weight_decay",
+        "0.05",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with stages 1, 2 and 3, one after the other, on one rank."""
+    run = tmp_path_factory.mktemp("alone")
+    for stage in STAGES:
+        done = run_trainer(small, run, stage, *OPTIONS[stage], "--train.save_every", "3", "--train.keep", "9")
+        assert done.code == 0, done.err
+    return run
+
+
+def curve(folder: Path, split: str = "train") -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    timing = {"images_per_second", "data_wait"}
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines if line["split"] == split]
+
+
+def assert_same_curve(left: Path, right: Path) -> None:
+    for split in ("train", "val"):
+        pairs = list(zip(curve(left, split), curve(right, split), strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert a == {k: pytest.approx(v, **SAME) if isinstance(v, float) else v for k, v in b.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("zero", (1, 2, 3))
+def test_two_ranks_give_the_curve_of_one(small: Path, alone: Path, tmp_path: Path, stage: int, zero: int) -> None:
+    options = [*OPTIONS[stage], "--student.parent", str(alone / f"stage{stage - 1}" / "export")] if stage > 1 else []
+    config = str(ROOT / f"ds_configs/zero{zero}.json")
+    done = run_trainer(small, tmp_path, stage, *options, "--deepspeed", config, ranks=2)
+    assert done.code == 0, done.err
+    assert_same_curve(done.folder, alone / f"stage{stage}")
+    mine, theirs = (load_file(folder / "export/model.safetensors") for folder in (done.folder, alone / f"stage{stage}"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulation_gives_the_same_curve(small: Path, alone: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS[2], "--student.parent", str(alone / "stage1/export"), "--train.micro_batch_size", "4"]
+    done = run_trainer(small, tmp_path, 2, *options)
+    assert done.code == 0, done.err
+    assert_same_curve(done.folder, alone / "stage2")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_continues_the_curve_to_the_bit(small: Path, alone: Path, tmp_path: Path, stage: int) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    folder = tmp_path / "run" / f"stage{stage}"
+    shutil.rmtree(folder / "export")
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    done = run_trainer(small, tmp_path / "run", stage, *OPTIONS[stage], "--train.save_every", "3", "--train.keep", "9")
+    assert done.code == 0, done.err
+    assert "from step 3" in done.err
+    assert curve(folder) == curve(alone / f"stage{stage}")
+    assert curve(folder, "val") == curve(alone / f"stage{stage}", "val")
+    mine, theirs = (load_file(path / "export/model.safetensors") for path in (folder, alone / f"stage{stage}"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(small: Path, alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    folder = tmp_path / "run/stage2"
+    shutil.rmtree(folder / "export")
+    victim = next((folder / "checkpoints/step-00000006").glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    done = run_trainer(small, tmp_path / "run", 2, *OPTIONS[2])
+    assert done.code == 0, done.err
+    assert f"{victim.name} is not what was written" in done.err
+    assert "from step 3" in done.err
+
+
+def test_each_stage_trains_what_it_says(small: Path, alone: Path) -> None:
+    before = load_file(small / "teacher.safetensors")
+    for stage in STAGES:
+        after = load_file(alone / f"stage{stage}/export/model.safetensors")
+        changed = {name for name in after if not torch.equal(before[name], after[name])}
+        if stage == 1:
+            assert changed == {name for name in before if ".attn.qkv." in name}
+        elif stage == 2:
+            assert changed == {name for name in before if not name.startswith("head.")}
+        else:
+            assert changed == set(before)
+        before = after
+
+
+def test_the_teacher_is_in_no_checkpoint(small: Path, alone: Path) -> None:
+    teacher = load_file(small / "teacher.safetensors")
+    counts = {}
+    for stage in STAGES:
+        (saved,) = (alone / f"stage{stage}/checkpoints/step-00000003").glob("*model_states.pt")
+        module = torch.load(saved, weights_only=False)["module"]
+        counts[stage] = sum(value.numel() for value in module.values())
+        assert not any(torch.equal(teacher[n.removeprefix("student.")], v) for n, v in module.items() if v.ndim > 1)
+    qkv = sum(value.numel() for name, value in teacher.items() if ".attn.qkv." in name)
+    everything = sum(value.numel() for value in teacher.values())
+    head = sum(value.numel() for name, value in teacher.items() if name.startswith("head."))
+    assert counts == {1: qkv, 2: everything - head, 3: everything}
+
+
+def test_the_export_is_a_timm_model_with_its_lineage(small: Path, alone: Path) -> None:
+    config = models.read_config(alone / "stage3/export")
+    assert config["lineage"]["stages"] == ["1", "2", "3"]
+    assert [entry["stage"] for entry in config["lineage"]["data"]] == ["1", "2", "3"]
+    assert config["lineage"]["linear_blocks"] == [0, 1]
+    model = models.load(alone / "stage3/export")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+    # What was judged last is what was exported, the moving average.
+    from data import eval_loader
+
+    last = curve(alone / "stage3", "val")[-1]
+    loader = eval_loader(
+        small / "val.beton", image_size=32, batch_size=22, mean=config["input"]["mean"], std=config["input"]["std"]
+    )
+    (batch,) = loader.epoch()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+    assert loss.item() == pytest.approx(last["loss"], rel=1e-4)
+
+
+def test_a_complete_stage_is_not_run_again(small: Path, alone: Path) -> None:
+    done = run_trainer(small, alone, 2, *OPTIONS[2], "--train.save_every", "3", "--train.keep", "9")
+    assert done.code == 0
+    assert "complete" in done.out
+
+
+def test_softmax_baseline_and_fine_tuning_options(small: Path, tmp_path: Path) -> None:
+    done = run_trainer(
+        small, tmp_path, 3, "--student.attention", "softmax", "--stage3.mixup", "0.8", "--stage3.cutmix", "1.0",
+        "--stage3.drop_path", "0.1", "--train.bf16", "true", "--train.grad_checkpointing", "true", "--train.eval_every", "3",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    first, middle, last = done.lines("val")
+    assert (first["step"], middle["step"], last["step"]) == (0, 3, 6)
+    assert first["feature_cosine"] == pytest.approx(1, abs=1e-2)  # it starts as the teacher
+    assert first["top1"] == first["teacher_top1"]
+    assert models.linear_blocks(models.load(tmp_path / "stage3/export")) == []
+
+
+def test_from_scratch_without_a_teacher(small: Path, tmp_path: Path) -> None:
+    options = ["--teacher.weights", "null", "--teacher.pretrained", "false", "--student.attention", "softmax"]
+    done = run_trainer(small, tmp_path, 3, *options)
+    assert done.code == 0, done.err
+    assert "random weights" in done.err
+    assert "feature_cosine" not in done.lines("val")[-1]
+
+
+def test_compile_and_heads_matching_in_stage_1(small: Path, tmp_path: Path) -> None:
+    options = [
+        "--stage1.match",
+        "heads",
+        "--train.compile",
+        "true",
+        "--train.grad_checkpointing",
+        "true",
+        "--train.steps",
+        "2",
+    ]
+    done = run_trainer(small, tmp_path, 1, *options)
+    assert done.code == 0, done.err
+    assert yaml.safe_load((done.folder / "config.yaml").read_text())["stage1"]["match"] == "heads"
