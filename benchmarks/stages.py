@@ -53,7 +53,17 @@ def main() -> None:
     lanes = min(cores, len(args.seeds))  # two processes of one thread wait less than one of two
 
     def go(seed: int, name: str, stage: int, epochs: float, *options: str) -> list[dict]:
-        options = (*common, "--train.seed", str(seed), "--train.epochs", str(epochs), *options)
+        first = str(name == "stage2-only").lower()  # the copied weights are judged once a seed
+        options = (
+            *common,
+            "--train.seed",
+            str(seed),
+            "--train.epochs",
+            str(epochs),
+            "--train.eval_first",
+            first,
+            *options,
+        )
         return run_stage(out / f"seed{seed}" / name, stage, list(options), cores // lanes)
 
     def parent(seed: int, name: str, stage: int) -> tuple[str, str]:

@@ -183,7 +183,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*UNTRAINED, "--teacher.name", "vit_relpos_small_patch16_224", "--teacher.kwargs", '{"depth": 1}'),
         ("VisionTransformerRelPos", "cannot be linearised")),
     "relative_position_beit": (
-        (*UNTRAINED, "--teacher.name", "beit_base_patch16_224", "--teacher.kwargs", '{"depth": 1}'), 
+        (*UNTRAINED, "--teacher.name", "beit_base_patch16_224", "--teacher.kwargs", '{"depth": 1}'),
         ("Beit", "cannot be linearised")),
     "windows": ((*UNTRAINED, *ANY_SIZE, "--teacher.name", "swin_tiny_patch4_window7_224"), ("Swin", "linearised")),
     "unknown_model": (("--teacher.name", "vit_nope"), ("teacher.name 'vit_nope'", "no such model")),

@@ -161,7 +161,8 @@ def test_a_complete_stage_is_not_run_again(small: Path, alone: Path) -> None:
 def test_softmax_baseline_and_fine_tuning_options(small: Path, tmp_path: Path) -> None:
     done = run_trainer(
         small, tmp_path, 3, "--student.attention", "softmax", "--stage3.mixup", "0.8", "--stage3.cutmix", "1.0",
-        "--stage3.drop_path", "0.1", "--train.bf16", "true", "--train.grad_checkpointing", "true", "--train.eval_every", "3",
+        "--stage3.drop_path", "0.1", "--train.bf16", "true", "--train.grad_checkpointing", "true",
+        "--train.eval_every", "3",
     )  # fmt: skip
     assert done.code == 0, done.err
     first, middle, last = done.lines("val")

@@ -89,13 +89,12 @@ class Checkpoints:
         """Load weights and optimizer state of a checkpoint from `newest`.
 
         Raises:
-            UserError: it was written by another number of ranks.
+            UserError: it was written by another number of ranks, or in another ZeRO stage.
         """
         path, manifest = found
-        if manifest["world_size"] != dist.get_world_size():
-            raise UserError(
-                f"{path}: was written by {manifest['world_size']} ranks, these are {dist.get_world_size()}; start as many"
-            )
+        for what, now in (("world_size", dist.get_world_size()), ("zero_stage", engine.zero_optimization_stage())):
+            if manifest[what] != now:
+                raise UserError(f"{path}: was written with {what} {manifest[what]}, this is {now}; start as before")
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=path.name, load_module_strict=False)
         assert loaded is not None, f"DeepSpeed found nothing in {path}, though its files were verified"
 

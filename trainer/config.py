@@ -81,7 +81,8 @@ class Train:
     save_every: int = 1000  # steps
     keep: int = 2  # checkpoints
     log_every: int = 10
-    eval_every: int = 0  # steps; 0: at the start and at the end only
+    eval_first: bool = True  # judge before the first step
+    eval_every: int = 0  # steps; 0: at the end only
     max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run stops
 
 
@@ -141,8 +142,8 @@ class Settings:
 
 # May change between a run and its continuation: they alter nothing of what is learned.
 FREE = {
-    "run", "dry_run", "deepspeed", "wandb", "data.workers", "student.parent",
-    "train.save_every", "train.keep", "train.log_every", "train.micro_batch_size", "train.max_skipped",
+    "run", "dry_run", "deepspeed", "wandb", "data.workers", "train.micro_batch_size", "train.max_skipped",
+    "train.save_every", "train.keep", "train.log_every", "train.eval_first",
 }  # fmt: skip
 
 

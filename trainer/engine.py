@@ -69,7 +69,7 @@ def join(me: World) -> None:
 
 
 def let_rank_0_speak(me: World) -> None:
-    """Called by a rank that failed. Where rank 0 has failed too, the launcher ends this one: no second word is heard."""
+    """Called by a rank that failed. Where rank 0 has failed too, the launcher ends this one: one line is heard."""
     if me.rank != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop's flag would be heeded by no one
         time.sleep(15)

@@ -80,8 +80,11 @@ def train(
         tracker.advance()
         skipped = 0 if engine.was_step_applied() else skipped + 1
         if skipped >= settings.max_skipped:
-            raise UserError(f"step {step}: {skipped} steps in a row had a non-finite loss or gradient on some rank, the "
-                            f"loss here is {losses['loss'].item():.4g}; lower train.lr or set train.bf16 false")  # fmt: skip
+            loss = losses["loss"].item()
+            raise UserError(
+                f"step {step}: {skipped} steps in a row had a non-finite loss or gradient on some rank (here the loss is "
+                f"{loss:.4g}); use a lower train.lr, or train.bf16 false, in another --run"
+            )
         if step % settings.log_every == 0 or step == steps:
             means = torch.stack(list(losses.values()))
             dist.all_reduce(means, op=dist.ReduceOp.AVG if means.is_cuda else dist.ReduceOp.SUM)

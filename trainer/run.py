@@ -68,10 +68,11 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
 
     def save(at: int) -> None:
         samples = at * settings.train.batch_size
-        state = {"step": at, "samples": samples, "world_size": me.size, "settings": as_dict(settings)}
-        checkpoints.save(engine, state | {"lineage": job.export["lineage"]})
+        zero_stage = engine.zero_optimization_stage()
+        state = {"step": at, "samples": samples, "world_size": me.size, "zero_stage": zero_stage}
+        checkpoints.save(engine, state | {"settings": as_dict(settings), "lineage": job.export["lineage"]})
 
-    if step == 0:
+    if step == 0 and settings.train.eval_first:
         evaluate(0)
     status = train(engine, train_data, schedule, settings.train, step, job.steps, tracker, save, evaluate)
     if status == 0:
