@@ -54,7 +54,7 @@ class Digits:
             self._add_fragment(canvas, rng)
         which = rng.integers(len(self._labels))
         label = int(self._labels[which])
-        ink = _place(self._glyphs[which], rng, size=rng.uniform(26, 38), turn=rng.uniform(-12, 12))
+        ink = _place(self._glyphs[which], rng, size=rng.uniform(38, 52), turn=rng.uniform(-12, 12))
         canvas += ink[..., None] * (rng.uniform(0.7, 1, 3) - canvas)  # light, of any tint
         canvas += rng.normal(0, 0.015, canvas.shape)
         image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)

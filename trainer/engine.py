@@ -169,10 +169,13 @@ def full_fp32(parameter: torch.nn.Parameter, ema: bool = False) -> torch.Tensor:
     """A trained parameter whole, in fp32, from the ranks' master shards; a collective, call it on all ranks.
 
     Args:
-        ema: the moving average instead, where one is kept and a step was made.
+        ema: its moving average instead, which the optimizer has kept since its first step.
     """
-    value = deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema") if ema else None
-    value = deepspeed.utils.safe_get_full_fp32_param(parameter) if value is None else value
+    value = (
+        deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema")
+        if ema
+        else deepspeed.utils.safe_get_full_fp32_param(parameter)
+    )
     assert value is not None, "a trained parameter has a master copy"
     return value
 

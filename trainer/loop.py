@@ -59,57 +59,71 @@ def train(
     Raises:
         UserError: `max_skipped` steps in a row had a non-finite loss or gradient; or damaged data.
     """
-    stop = StopFlag()
-    batches = batches_from(loader, step)
-    skipped, waited, since, counted = 0, 0.0, time.perf_counter(), 0
+    stop, clock, skipped = StopFlag(), Clock(step), 0
+    batches = clock.waiting_for(batches_from(loader, step))
     while step < steps:
         schedule.step_update(step)
         seed_step(settings.seed, step)
         losses: dict[str, torch.Tensor] = {}
         for _ in range(loader.accumulate):
-            began = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - began
             out = engine(batch)
             engine.backward(out["loss"])
             for key, value in out.items():
                 losses[key] = losses.get(key, 0) + value.detach().float() / loader.accumulate
-            engine.step()  # with the last micro-batch: reduces, and updates unless some rank's gradient is not finite
+            # With the last micro-batch the ranks update together, or none does if a gradient on any is not finite.
+            engine.step()
         step += 1
-        counted += 1
         tracker.advance()
         skipped = 0 if engine.was_step_applied() else skipped + 1
         if skipped >= settings.max_skipped:
-            loss = losses["loss"].item()
-            raise UserError(
-                f"step {step}: {skipped} steps in a row had a non-finite loss or gradient on some rank (here the loss is "
-                f"{loss:.4g}); use a lower train.lr, or train.bf16 false, in another --run"
-            )
+            what = f"{skipped} steps in a row had a non-finite loss or gradient on some rank"
+            here = f"rank {dist.get_rank()}'s loss is {losses['loss'].item():.4g}"
+            raise UserError(f"step {step}: {what}; {here}; use a lower train.lr, or train.bf16 false, in another --run")
         if step % settings.log_every == 0 or step == steps:
             means = torch.stack(list(losses.values()))
-            dist.all_reduce(means, op=dist.ReduceOp.AVG if means.is_cuda else dist.ReduceOp.SUM)
-            means = means if means.is_cuda else means / dist.get_world_size()
-            elapsed = time.perf_counter() - since
-            tracker.log({
-                "step": step, "epoch": step / loader.steps_per_epoch, "split": "train",
-                **dict(zip(losses, means.tolist(), strict=True)),
-                "lr": max(group["lr"] for group in engine.optimizer.param_groups),
-                "grad_norm": finite(engine.get_global_grad_norm()),
-                "images_per_second": counted * settings.batch_size / elapsed, "data_wait": waited / elapsed,
-            })  # fmt: skip
-            waited, since, counted = 0.0, time.perf_counter(), 0
+            dist.all_reduce(means)
+            means = dict(zip(losses, map(finite, (means / dist.get_world_size()).tolist()), strict=True))
+            lr, norm = max(group["lr"] for group in engine.optimizer.param_groups), engine.get_global_grad_norm()
+            line = {"step": step, "epoch": step / loader.steps_per_epoch, "split": "train"} | means
+            tracker.log(line | {"lr": lr, "grad_norm": finite(norm)} | clock.rates(step, settings.batch_size))
         if step == steps or (settings.eval_every and step % settings.eval_every == 0):
             evaluate(step)
-            waited, since, counted = 0.0, time.perf_counter(), 0
+            clock.restart(step)
         stopping = stop.agreed(engine.device)
         if stopping or step == steps or step % settings.save_every == 0:
             save(step)
         if stopping and step < steps:
-            tracker.say(
-                f"stopped by a signal at step {step} of {steps}, everything is saved; run the same command again"
-            )
+            tracker.say(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
             return STOPPED
     return 0
+
+
+class Clock:
+    """Images a second, and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Begin a new reading at `step`."""
+        self.step, self.waited, self.since = step, 0.0, time.perf_counter()
+
+    def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, the time that each took noted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - began
+            yield batch
+
+    def rates(self, step: int, batch_size: int) -> dict[str, float]:
+        """Ends the reading at `step`, and begins the next."""
+        elapsed = time.perf_counter() - self.since
+        speed = (step - self.step) * batch_size / elapsed
+        values = {"images_per_second": speed, "data_wait": self.waited / elapsed}
+        self.restart(step)
+        return values
 
 
 def batches_from(loader, step: int) -> Iterator[dict[str, Any]]:

@@ -76,7 +76,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
         evaluate(0)
     status = train(engine, train_data, schedule, settings.train, step, job.steps, tracker, save, evaluate)
     if status == 0:
-        state = job.stage.export()
+        state = job.stage.export(engine)
         if me.rank == 0:
             folder.hand_on(state, job.export)
             tracker.say(f"stage {settings.stage} is done: {folder.export}")

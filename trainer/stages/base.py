@@ -103,7 +103,7 @@ class Stage(nn.Module):
         """Means over all images of `loader`, each counted once over all ranks."""
         sums: dict[str, Tensor] = {}
         engine.eval()
-        with torch.no_grad(), self.averaged_weights():
+        with torch.no_grad(), self.averaged_weights(engine):
             for batch in loader.epoch():
                 out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
                 for key, value in out.items():
@@ -115,28 +115,28 @@ class Stage(nn.Module):
         images = values.pop("images")
         return {key: value / images for key, value in values.items()}
 
-    @property
-    def averages(self) -> bool:
-        """Whether a moving average of the weights is what is judged and exported."""
-        return self.settings.stage == "3" and self.settings.stage3.ema is not None
+    def averages(self, engine: DeepSpeedEngine) -> bool:
+        """Whether a moving average of the weights is judged and exported; there is none before the first step."""
+        kept = self.settings.stage == "3" and self.settings.stage3.ema is not None
+        return kept and engine.global_steps > engine.skipped_steps
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self, engine: DeepSpeedEngine) -> Iterator[None]:
         """Within the context forward uses the moving average, where one is kept."""
-        trained = [p for p in self.student.parameters() if p.requires_grad] if self.averages else []
+        trained = [p for p in self.student.parameters() if p.requires_grad] if self.averages(engine) else []
         for parameter in trained:
             set_working_copy(parameter, full_fp32(parameter, ema=True))
         yield
         for parameter in trained:
             set_working_copy(parameter, full_fp32(parameter))
 
-    def export(self) -> dict[str, Tensor]:
+    def export(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
         """The student's state dict on the CPU: trained weights from fp32 masters (or averages), the rest as it came.
 
         A collective, call it on all ranks.
         """
         trained = {
-            name: full_fp32(parameter, ema=self.averages).cpu()
+            name: full_fp32(parameter, ema=self.averages(engine)).cpu()
             for name, parameter in self.student.named_parameters()
             if parameter.requires_grad
         }
