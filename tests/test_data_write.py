@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from data import eval_loader, inspect
-from data.write import ImageFolder, main, to_rgb, write
+from data.sources import ImageFolder, to_rgb
+from data.write import main, write
 
 ROOT = Path(__file__).parent.parent
 

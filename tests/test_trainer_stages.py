@@ -194,3 +194,15 @@ def test_compile_and_heads_matching_in_stage_1(small: Path, tmp_path: Path) -> N
     done = run_trainer(small, tmp_path, 1, *options)
     assert done.code == 0, done.err
     assert yaml.safe_load((done.folder / "config.yaml").read_text())["stage1"]["match"] == "heads"
+
+
+def test_wandb_goes_on_under_its_id(small: Path, tmp_path: Path) -> None:
+    options = ["--wandb.enabled", "true", "--train.steps", "2", "--train.save_every", "1"]
+    for _ in range(2):
+        done = run_trainer(small, tmp_path, 2, *options)
+        assert done.code == 0, done.err
+        assert "warning" not in done.err, done.err
+        shutil.rmtree(done.folder / "export")
+        shutil.rmtree(done.folder / "checkpoints/step-00000002")
+    identity = (done.folder / "wandb_id").read_text().strip()
+    assert len(list((done.folder / "wandb").glob(f"offline-run-*-{identity}"))) == 2

@@ -165,17 +165,22 @@ def build_engine(stage: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
     return engine
 
 
-def full_fp32(parameter: torch.nn.Parameter, ema: bool = False) -> torch.Tensor:
+def full_fp32(engine: DeepSpeedEngine, parameter: torch.nn.Parameter, ema: bool = False) -> torch.Tensor:
     """A trained parameter whole, in fp32, from the ranks' master shards; a collective, call it on all ranks.
 
     Args:
         ema: its moving average instead, which the optimizer has kept since its first step.
     """
-    value = (
-        deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema")
-        if ema
-        else deepspeed.utils.safe_get_full_fp32_param(parameter)
-    )
+    if not ema:
+        value = deepspeed.utils.safe_get_full_fp32_param(parameter)
+    else:
+        try:
+            value = deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema")
+        except ValueError:
+            # ZeRO 1 and 2 link states to parameters once, after the first group's step: later groups have none then.
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
+            value = deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema")
     assert value is not None, "a trained parameter has a master copy"
     return value
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Tracker:
         self.file.close()
         if self.wandb is not None:
             try:
-                self.wandb.finish(quiet=True)
+                self.wandb.finish()
             except Exception as error:
                 print(f"warning: wandb did not finish ({error})", file=sys.stderr, flush=True)
 
@@ -95,7 +96,7 @@ def _start_wandb(folder: Path, settings: Settings):
         import wandb
 
         kept = folder / "wandb_id"
-        identity = kept.read_text().strip() if kept.exists() else wandb.util.generate_id()
+        identity = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
         kept.write_text(identity + "\n")
         key = os.environ.get("WANDB_API_KEY")
         run = wandb.init(

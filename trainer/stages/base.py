@@ -125,10 +125,10 @@ class Stage(nn.Module):
         """Within the context forward uses the moving average, where one is kept."""
         trained = [p for p in self.student.parameters() if p.requires_grad] if self.averages(engine) else []
         for parameter in trained:
-            set_working_copy(parameter, full_fp32(parameter, ema=True))
+            set_working_copy(parameter, full_fp32(engine, parameter, ema=True))
         yield
         for parameter in trained:
-            set_working_copy(parameter, full_fp32(parameter))
+            set_working_copy(parameter, full_fp32(engine, parameter))
 
     def export(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
         """The student's state dict on the CPU: trained weights from fp32 masters (or averages), the rest as it came.
@@ -136,7 +136,7 @@ class Stage(nn.Module):
         A collective, call it on all ranks.
         """
         trained = {
-            name: full_fp32(parameter, ema=self.averages(engine)).cpu()
+            name: full_fp32(engine, parameter, ema=self.averages(engine)).cpu()
             for name, parameter in self.student.named_parameters()
             if parameter.requires_grad
         }

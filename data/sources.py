@@ -1,0 +1,99 @@
+"""Where images come from: folders as they lie on disk, and any image as RGB pixels."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+MAX_SIDE = 65535  # FFCV stores sides in 16 bits
+
+
+class ImageFolder:
+    """The images under a folder: a class a subfolder (`root/class/image.jpg`, classes sorted by name), or unlabelled.
+
+    Attributes:
+        classes: names of the classes, or None when unlabelled.
+        why: how the choice was made, for the screen.
+    """
+
+    def __init__(self, root: str | Path, unlabelled: bool = False):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root}: no such folder; give a folder of images")
+        self.files = _image_files(self.root)
+        if not self.files:
+            raise ValueError(f"{self.root}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        depths = {len(file.parts) for file in self.files}
+        folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
+        self.classes: list[str] | None = None
+        if unlabelled:
+            self.why = "unlabelled, as asked"
+        elif 1 in depths:
+            self.why = f"unlabelled: there are images directly in {self.root}"
+        elif depths != {2}:
+            self.why = f"unlabelled: there are images deeper than {self.root}/CLASS/"
+        elif len(folders) == 1:
+            self.why = f"unlabelled: {self.root} has a single subfolder, which is no choice of classes"
+        else:
+            self.why = f"labelled: {len(folders)} classes, a subfolder of {self.root} each"
+            self.classes = folders
+            empty = sorted(set(folders) - {file.parts[0] for file in self.files})
+            if empty:
+                names = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+                mend = "remove them, or pass --unlabelled"
+                raise ValueError(f"{self.root}: class folders without images: {names}; {mend}")
+        self._labels = {name: label for label, name in enumerate(self.classes or ())}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple:
+        """(image,) or (image, label)."""
+        file = self.files[index]
+        with Image.open(self.root / file) as image:
+            pixels = to_rgb(image)
+        return (pixels, self._labels[file.parts[0]]) if self.classes else (pixels,)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Any 8- or 16-bit image -> uint8 [H, W, 3], turned upright as its EXIF orientation says; alpha is dropped.
+
+    Raises:
+        ValueError, OSError: the pixels cannot be decoded or have no fixed range.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an array image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        return image
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"an image must be a PIL image or a uint8 array, not {type(image).__name__}")
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"a side of {max(image.size)} pixels is above {MAX_SIDE}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
+
+
+def _image_files(root: Path) -> list[Path]:
+    """Paths of the images under a folder, relative to it and sorted; hidden files and folders are passed over."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        found += [
+            inside / name
+            for name in sorted(files)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return found
