@@ -32,6 +32,8 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     # Both are written aside; then the old config goes first and the new one comes last, and `load` wants a config.
     weights, text = folder / "model.safetensors.part", folder / "config.json.part"
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, weights, {"format": "pt"})
+    os.umask(umask := os.umask(0))
+    weights.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
     text.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
     (folder / "config.json").unlink(missing_ok=True)
     os.replace(weights, folder / "model.safetensors")

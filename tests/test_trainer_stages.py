@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT, run_trainer
 from safetensors.torch import load_file
 
@@ -180,20 +179,11 @@ def test_from_scratch_without_a_teacher(small: Path, tmp_path: Path) -> None:
     assert "feature_cosine" not in done.lines("val")[-1]
 
 
-def test_compile_and_heads_matching_in_stage_1(small: Path, tmp_path: Path) -> None:
-    options = [
-        "--stage1.match",
-        "heads",
-        "--train.compile",
-        "true",
-        "--train.grad_checkpointing",
-        "true",
-        "--train.steps",
-        "2",
-    ]
-    done = run_trainer(small, tmp_path, 1, *options)
+@pytest.mark.parametrize("option", (("--stage1.match", "heads"), ("--train.compile", "true")))
+def test_stage_1_before_the_projection_and_compiled(small: Path, tmp_path: Path, option: tuple[str, str]) -> None:
+    done = run_trainer(small, tmp_path, 1, *option, "--train.grad_checkpointing", "true", "--train.steps", "2")
     assert done.code == 0, done.err
-    assert yaml.safe_load((done.folder / "config.yaml").read_text())["stage1"]["match"] == "heads"
+    assert done.lines("val")[-1]["loss"] < done.lines("val")[0]["loss"]
 
 
 def test_wandb_goes_on_under_its_id(small: Path, tmp_path: Path) -> None:
@@ -206,3 +196,11 @@ def test_wandb_goes_on_under_its_id(small: Path, tmp_path: Path) -> None:
         shutil.rmtree(done.folder / "checkpoints/step-00000002")
     identity = (done.folder / "wandb_id").read_text().strip()
     assert len(list((done.folder / "wandb").glob(f"offline-run-*-{identity}"))) == 2
+
+
+def test_a_run_that_stays_non_finite_stops_and_says_so(small: Path, tmp_path: Path) -> None:
+    done = run_trainer(small, tmp_path, 2, "--train.lr", "1e30", "--train.steps", "20", "--train.max_skipped", "3")
+    assert "3 steps in a row had a non-finite loss or gradient" in done.error
+    skipped = [line for line in done.lines("train") if line["grad_norm"] is None]
+    assert skipped and skipped[-1]["loss"] is None
+    assert not (done.folder / "export").exists()

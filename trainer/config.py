@@ -322,6 +322,8 @@ def _check(settings: Settings) -> None:
         raise UserError(
             "student.attention softmax: is the baseline of stage 3, there is nothing to align in stage 1 or 2"
         )
+    if settings.stage == "1" and settings.stage1.match == "heads" and settings.train.compile:
+        raise UserError("stage1.match heads: lies inside what train.compile compiles; use one of the two")
     if settings.stage != "3" and settings.student.trainable == "head":
         raise UserError(
             "student.trainable head: no loss of stage 1 or 2 reaches the head; choose qkv, attention or backbone"
