@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import models
 from data import eval_loader, train_loader
 from trainer.build import build
-from trainer.config import Train, first_difference, parse
+from trainer.config import RECIPES, Train, first_difference, parse
 from trainer.dry_run import model_state_bytes
 from trainer.engine import world
 from trainer.optim import AdamW, build_schedule
@@ -157,3 +157,15 @@ def test_model_states_shrink_with_zero_stage_and_ranks() -> None:
     # 7.5 B parameters on 64 ranks: 31.4, 16.6 and 1.88 GB, figure 1 of arXiv 1910.02054.
     sizes = [model_state_bytes(7_500_000_000, 0, 0, zero, 64, bf16=True, offload=False) / 1e9 for zero in (1, 2, 3)]
     assert sizes == pytest.approx([31.4, 16.6, 1.88], rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_shipped_recipes_parse(recipe: str) -> None:
+    for stage in "123":
+        if (recipe, stage) not in (("digits_teacher", "1"), ("digits_teacher", "2")):  # a stage-3 recipe
+            assert Path(parse(["--config", recipe, "--stage", stage]).deepspeed).is_file()
+
+
+def test_a_new_head_starts_alike_on_all_ranks(small: Path) -> None:
+    heads = [job_of(small, 3, "--stage3.reset_head", "true").stage.student.head.weight for _ in range(2)]
+    assert torch.equal(*heads)

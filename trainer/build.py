@@ -49,6 +49,7 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
         raise UserError(f"stage3.mixup, cutmix: mix pairs, but a micro-batch has {micro} images; make it even")
 
     chosen = settings.teacher
+    torch.manual_seed(settings.train.seed)  # what is not loaded, a new head say, starts alike on all ranks
     teacher = models.build_backbone(
         chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, _pair(settings.data.image_size)
     )
@@ -58,11 +59,8 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     models.check_image_size(teacher, given["image_size"])
     student, start, lineage = _student(settings, teacher, folder, given["image_size"])
     num_classes = _num_classes(settings, infos, student)
-    lineage["data"] = [
-        *lineage["data"],
-        {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256},
-    ]
-    lineage["stages"] = [*lineage["stages"], settings.stage]
+    seen = {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}
+    lineage |= {"stages": [*lineage["stages"], settings.stage], "data": [*lineage["data"], seen]}
 
     untrained = not (chosen.pretrained or chosen.weights)
     if untrained and settings.stage != "3":
@@ -71,9 +69,8 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     resolved = replace(settings, stage3=replace(settings.stage3, num_classes=num_classes))
     stage = STAGES[settings.stage](resolved, student, None if untrained else teacher)
     if not any(p.requires_grad for p in stage.parameters()):
-        raise UserError(
-            f"student.trainable {settings.student.trainable}: the student has no such parameters; choose another"
-        )
+        which = settings.student.trainable
+        raise UserError(f"student.trainable {which}: the student has no such parameters; choose another")
     kwargs = chosen.kwargs | {"num_classes": stage.student.num_classes, "img_size": given["image_size"]}
     export = {
         "backbone": {"name": chosen.name, "kwargs": kwargs},
@@ -107,55 +104,44 @@ def _student(
     settings: Settings, teacher: VisionTransformer, folder: Path, image_size: int
 ) -> tuple[VisionTransformer, str, dict[str, Any]]:
     """The student, where it starts from in words, and the lineage so far."""
-    wanted = settings.student
+    chosen, wanted = settings.teacher, settings.student
+    softmax = wanted.attention == "softmax"
+    keep = range(len(teacher.blocks)) if softmax else wanted.keep_softmax
+    student = models.linearize(teacher, wanted.feature_map, keep)
     lineage = {
-        "teacher": {
-            "name": settings.teacher.name,
-            "kwargs": settings.teacher.kwargs,
-            "sha256": models.fingerprint(teacher.blocks),
-        },
+        "teacher": {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": models.fingerprint(teacher.blocks)},
         "feature_map": wanted.feature_map,
-        "linear_blocks": [],
+        "linear_blocks": models.linear_blocks(student),
         "stages": [],
         "data": [],
     }
-    copied = models.linearize(teacher, wanted.feature_map, wanted.keep_softmax)
-    if wanted.attention == "softmax":
-        start = (
-            "random weights"
-            if not (settings.teacher.pretrained or settings.teacher.weights)
-            else "the teacher's weights"
-        )
-        return (
-            models.linearize(teacher, keep_softmax=range(len(teacher.blocks))),
-            f"{start}, softmax attention",
-            lineage,
-        )
-    lineage["linear_blocks"] = models.linear_blocks(copied)
+    if softmax:
+        start = "the teacher's weights" if chosen.pretrained or chosen.weights else "random weights"
+        return student, f"{start}, softmax attention", lineage
     if not lineage["linear_blocks"]:
         raise UserError(f"student.keep_softmax {wanted.keep_softmax}: leaves no block to convert; keep fewer, "
                         "or for the baseline of stage 3 give --student.attention softmax")  # fmt: skip
     parent = _parent(settings, folder)
     if parent is None:
-        return copied, "the teacher's copied weights, no earlier stage's", lineage
+        return student, "the teacher's copied weights, no earlier stage's", lineage
+    theirs = _lineage(parent, lineage)
+    start = f"{parent} (after stage {' and '.join(theirs['stages'])})"
+    return models.load(parent, image_size), start, theirs
+
+
+def _lineage(parent: Path, ours: dict[str, Any]) -> dict[str, Any]:
+    """A parent export's lineage; raises UserError, naming the field, where it is not of our teacher and student."""
     theirs = models.read_config(parent).get("lineage")
     for field in ("teacher.name", "teacher.kwargs", "teacher.sha256", "feature_map", "linear_blocks", "stages", "data"):
         try:
-            was, now = _get(theirs, field), _get(lineage, field)
+            was, now = _get(theirs, field), _get(ours, field)
         except (KeyError, TypeError) as error:
             raise UserError(f"{parent}/config.json: damaged, its lineage has no {field}; make the export again, "
                             "or choose another with --student.parent") from error  # fmt: skip
-        if field in ("stages", "data"):  # handed on
-            continue
-        if was != now:
+        if was != now and field not in ("stages", "data"):  # those two are handed on
             raise UserError(f"{parent}: does not fit as a parent: its {field} is {was!r}, this run's is {now!r}; "
                             "mend the setting, or choose another with --student.parent")  # fmt: skip
-    student = models.load(parent, image_size)
-    return (
-        student,
-        f"{parent} (after stage {' and '.join(theirs['stages'])})",
-        lineage | {k: theirs[k] for k in ("stages", "data")},
-    )
+    return theirs
 
 
 def _parent(settings: Settings, folder: Path) -> Path | None:
