@@ -74,6 +74,13 @@ def test_accumulation_gives_the_same_curve(small: Path, alone: Path, tmp_path: P
     assert_same_curve(done.folder, alone / "stage2")
 
 
+def test_offload_to_the_host_gives_the_same_curve(small: Path, alone: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS[2], "--student.parent", str(alone / "stage1/export")]
+    done = run_trainer(small, tmp_path, 2, *options, "--deepspeed", str(ROOT / "ds_configs/offload.json"))
+    assert done.code == 0, done.err
+    assert_same_curve(done.folder, alone / "stage2")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_continues_the_curve_to_the_bit(small: Path, alone: Path, tmp_path: Path, stage: int) -> None:
     shutil.copytree(alone, tmp_path / "run")
