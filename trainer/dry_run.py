@@ -49,10 +49,10 @@ def measure(settings: Settings, job: Job) -> tuple[float, float]:
     """FLOPs (forward and backward) and bytes kept for backward, an image; counted on a real pass over shapes alone."""
     dtype = torch.bfloat16 if settings.train.bf16 else torch.float32
     stage = copy.deepcopy(job.stage).to("meta", dtype)
-    if job.stage.teacher is not None:
-        object.__setattr__(stage, "teacher", copy.deepcopy(job.stage.teacher).to("meta", dtype))
-    if getattr(stage, "mix", None):
-        stage.mix = None
+    if stage.teacher is not None:
+        stage.teacher.to("meta", dtype)
+    for module in stage.modules():
+        module._compiled_call_impl = None  # as it would run without train.compile
     size, images = job.export["input"]["image_size"], 2
     batch = {
         "image": torch.empty(images, 3, size, size, dtype=dtype, device="meta"),

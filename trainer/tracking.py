@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Tracker:
         self.active, self.wandb, self.bar = rank == 0, None, None
         if not self.active:
             return
-        self.path = folder / "metrics.jsonl"
+        self.path, self.batch_size = folder / "metrics.jsonl", settings.train.batch_size
         self._keep_until(step)
         self.file = self.path.open("a", buffering=1)
         if settings.wandb.enabled:
@@ -58,13 +59,16 @@ class Tracker:
             except Exception as error:
                 print(f"warning: wandb failed and is left off from here ({error})", file=sys.stderr, flush=True)
                 self.wandb = None
-        if line["split"] == "val" or self.bar.disable:
-            said = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            tqdm.write(said, file=sys.stderr)
-            sys.stderr.flush()
-        else:
+        if line["split"] == "train" and not self.bar.disable:  # the bar itself shows steps and the time left
             speed = f"{line['images_per_second']:.0f} images/s  {line['data_wait']:.0%} waiting for data"
-            self.bar.set_postfix_str(f"loss {line['loss']:.4g}  {speed}", refresh=False)
+            loss = float("nan") if line["loss"] is None else line["loss"]
+            self.bar.set_postfix_str(f"loss {loss:.4g}  {speed}", refresh=False)
+            return
+        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
+        if line["split"] == "train":
+            left = (self.bar.total - line["step"]) * self.batch_size / line["images_per_second"]
+            said.append(f"left {timedelta(seconds=round(left))}")
+        self.say("  ".join(said))
 
     def advance(self) -> None:
         """One step was made."""

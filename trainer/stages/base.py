@@ -74,6 +74,13 @@ class Stage(nn.Module):
     def prepare(self) -> None:
         """Change the student before its parameters are selected."""
 
+    def save_memory_and_time(self, *vits: VisionTransformer) -> None:
+        """Gradient checkpointing in the student, compilation of the blocks of `vits`: where the settings ask for it."""
+        self.student.set_grad_checkpointing(self.settings.train.grad_checkpointing)
+        if self.settings.train.compile:
+            for block in (block for vit in vits for block in vit.blocks):
+                block.compile()
+
     def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
         """The loss and its parts, a value a sample: {"loss": [B], ...}."""
         raise NotImplementedError

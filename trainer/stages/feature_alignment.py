@@ -32,10 +32,7 @@ class FeatureAlignment(Stage):
 
     def prepare(self) -> None:
         """Checkpointing and compilation, block by block."""
-        self.student.set_grad_checkpointing(self.settings.train.grad_checkpointing)
-        if self.settings.train.compile:
-            for block in (*self.student.blocks, *self.teacher.blocks):
-                block.compile()
+        self.save_memory_and_time(self.student, self.teacher)
 
     def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""

@@ -7,7 +7,6 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import UserError
 from trainer.stages.base import Batch, Pass, Stage
 
 
@@ -23,10 +22,7 @@ class Finetune(Stage):
         if options.num_classes != self.student.num_classes or options.reset_head:
             self.student.reset_classifier(options.num_classes)
         set_drop_path(self.student, options.drop_path)
-        self.student.set_grad_checkpointing(self.settings.train.grad_checkpointing)
-        if self.settings.train.compile:
-            for block in self.student.blocks:
-                block.compile()
+        self.save_memory_and_time(self.student)
         self.mix = None
         if options.mixup > 0 or options.cutmix > 0:
             self.mix = Mixup(
@@ -50,8 +46,6 @@ class Finetune(Stage):
 
 def set_drop_path(vit: VisionTransformer, rate: float) -> None:
     """Stochastic depth, arXiv 1603.09382, rising linearly over depth to `rate`, as timm builds it."""
-    if not 0 <= rate < 1:
-        raise UserError(f"stage3.drop_path {rate}: must be in 0..1")
     for block, drop in zip(vit.blocks, torch.linspace(0, rate, len(vit.blocks)).tolist(), strict=True):
         for name in ("drop_path1", "drop_path2"):
             setattr(block, name, DropPath(drop) if drop > 0 else nn.Identity())
