@@ -23,7 +23,7 @@ def test_items():
         assert mask.shape == (SIDE, SIDE) and mask.dtype == np.uint8
         assert set(np.unique(mask)) == {0, 1 + label}
         rows, columns = np.nonzero(mask)
-        assert 6 <= rows.max() - rows.min() <= 40 and columns.max() - columns.min() <= 40
+        assert 20 <= rows.max() - rows.min() <= 52 and columns.max() - columns.min() <= 52
         inside, outside = image[mask > 0].mean(axis=0), image[mask == 0].mean(axis=0)
         assert np.abs(inside - outside).max() > 10  # the digit can be seen
         labels.add(label)
