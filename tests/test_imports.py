@@ -1,0 +1,35 @@
+"""Imports run one way: jobs -> trainer -> {models, data}; the loop knows no stage."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "models": {"data", "trainer", "jobs", "benchmarks", "deepspeed", "ffcv"},
+    "data": {"models", "trainer", "jobs", "benchmarks", "deepspeed"},
+    "trainer": {"jobs", "benchmarks", "tests"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_arrows_run_one_way(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = {name for name in imported(path) if name.split(".")[0] in FORBIDDEN[package]}
+        assert not wrong, f"{path} imports {wrong}"
+
+
+def test_the_loop_knows_no_stage() -> None:
+    assert not {
+        name for name in imported(ROOT / "trainer/loop.py") if name.startswith(("trainer.stages", "trainer.build"))
+    }
