@@ -42,7 +42,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
         f"memory a rank: {(states + activations * micro) / GIB:.2f} GiB, of which states {states / GIB:.2f} "
         f"(ZeRO {zero}) and activations {activations * micro / GIB:.2f}; an estimate, without temporary buffers",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def measure(settings: Settings, job: Job) -> tuple[float, float]:

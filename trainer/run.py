@@ -26,11 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         folder = StageFolder(settings)
         folder.check(settings)
         job = build(settings, me, folder.run)
-        if settings.dry_run:
-            print(describe(settings, job, config, me) if me.rank == 0 else "", end="", flush=True)
-            return 0
-        if folder.complete:
-            print(f"stage {settings.stage} is complete: {folder.export}" if me.rank == 0 else "", flush=True)
+        if settings.dry_run or folder.complete:
+            if me.rank == 0:
+                complete = f"stage {settings.stage} is complete: {folder.export}"
+                print(describe(settings, job, config, me) if settings.dry_run else complete, flush=True)
             return 0
         folder.claim(settings, me.rank)
     except (UserError, ValueError, OSError) as error:
