@@ -72,6 +72,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# One thread a process: tiny tensors, and two ranks on two cores. No hub is asked.
+ENVIRONMENT = os.environ | {
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
 class Result:
     """How a run of the program ended."""
 
@@ -107,6 +115,5 @@ def run_trainer(small: Path, run: Path, stage: int, *options: str, ranks: int = 
         str(run),
         *options,
     ]
-    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     return Result(done, run / f"stage{stage}")

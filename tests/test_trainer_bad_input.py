@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ARCHITECTURE, ROOT, Blobs, run_trainer
+from conftest import ARCHITECTURE, ENVIRONMENT, ROOT, Blobs, run_trainer
 from safetensors.torch import save_file
 
 import models
@@ -325,7 +325,7 @@ def test_two_processes_on_one_run_folder(small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "trainer/run.py", "--config", str(small / "recipe.yaml"), "--stage", "2"]
     own = ["--run", str(run), "--train.log_every", "20"]
     with log.open("w") as file:
-        first = subprocess.Popen([*command, *options, *own], cwd=ROOT, stdout=file, stderr=file)
+        first = subprocess.Popen([*command, *options, *own], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
     try:
         wait_for(metrics, first)
         kept = (run / "stage2" / "config.yaml").read_bytes()
@@ -335,7 +335,7 @@ def test_two_processes_on_one_run_folder(small: Path, tmp_path: Path) -> None:
         assert first.poll() is None
         lines = len(metrics.read_text().splitlines())
         first.send_signal(signal.SIGTERM)
-        assert first.wait(60) == 75, log.read_text()
+        assert first.wait(180) == 75, log.read_text()
     finally:
         first.kill()
         first.wait()
