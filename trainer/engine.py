@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed builds its operators with ninja from the environment that runs, which need not be activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+if os.access(sys.prefix, os.W_OK):
+    # Beside the environment that they are built from: two environments would build over each other in ~/.cache.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
