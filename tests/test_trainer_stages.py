@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_trainer
+from conftest import ROOT, Blobs, run_trainer
 from safetensors.torch import load_file
 
 import models
+from data.write import write
 
 STAGES = (1, 2, 3)
 # fp32; ranks add up gradients and losses in another order.
@@ -211,3 +213,17 @@ def test_a_run_that_stays_non_finite_stops_and_says_so(small: Path, tmp_path: Pa
     skipped = [line for line in done.lines("train") if line["grad_norm"] is None]
     assert skipped and skipped[-1]["loss"] is None
     assert not (done.folder / "export").exists()
+
+
+def test_unlabelled_images_and_another_image_size(small: Path, alone: Path, tmp_path: Path) -> None:
+    class Unlabelled(Blobs):
+        def __getitem__(self, index: int) -> np.ndarray:
+            return super().__getitem__(index)[0]
+
+    write(Unlabelled(32, 2), tmp_path / "train.beton", raw_share=1.0, progress=False)
+    options = ["--data.train", str(tmp_path / "train.beton"), "--student.parent", str(alone / "stage1/export")]
+    done = run_trainer(small, tmp_path, 2, *options, "--data.image_size", "48", "--train.steps", "2")
+    assert done.code == 0, done.err
+    last = done.lines("val")[-1]
+    assert {"top1", "teacher_top1", "feature_cosine"} <= last.keys()
+    assert models.load(done.folder / "export")(torch.zeros(1, 3, 48, 48)).shape == (1, 4)
