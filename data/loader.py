@@ -219,8 +219,9 @@ class Loader:
             steps, micro = self.steps_per_epoch, self.micro_batch_size
             order = epoch_order(self.num_samples, self._state[0].item(), epoch)
             order = order[: steps * micro * self.accumulate * self._world_size]
-            # Ranks side by side within a micro-batch: 2 ranks see in one pass what 1 rank sees in two accumulated ones.
-            order = order.reshape(steps, self.accumulate, self._world_size, micro)[start:, :, self._rank].reshape(-1)
+            # A rank's part of a global batch is one run of it, cut into micro-batches: what lies side by side in the
+            # global batch, a pair for mixup say, meets in one micro-batch however the batch is cut.
+            order = order.reshape(steps, self._world_size, self.accumulate, micro)[start:, self._rank].reshape(-1)
             return order, np.ones(len(order), dtype=bool)
         each = -(-self.num_samples // self._world_size)
         position = np.arange(self._rank * each, (self._rank + 1) * each)[start * self.micro_batch_size :]

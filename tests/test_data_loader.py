@@ -91,7 +91,7 @@ def test_views_do_not_depend_on_workers_ranks_or_accumulation(beton, reference):
     first, second = (list(loader.epoch(1)) for loader in loaders)
     assert len(first) == len(second) == 2 * len(reference)
     for step, batch in enumerate(reference):  # the same global batches, cut into other pieces
-        pieces = [ranks[2 * step + micro] for micro in range(2) for ranks in (first, second)]
+        pieces = [ranks[2 * step + micro] for ranks in (first, second) for micro in range(2)]
         for key in batch:
             assert torch.equal(torch.cat([piece[key] for piece in pieces]), batch[key])
     assert same(list(loaders[1].epoch(1, start=9)), second[18:])
