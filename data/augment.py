@@ -32,12 +32,24 @@ def _mix(x):
 
 
 @numba.njit(nogil=True)
+def sample_key(seed, epoch, index):
+    """What all random numbers of a sample in an epoch are drawn from, uint64."""
+    return _mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(index))
+
+
+@numba.njit(nogil=True)
+def sample_keys(seed, epoch, indices):
+    """`sample_key` of each index: int64 [B] -> uint64 [B]."""
+    keys = np.empty(len(indices), np.uint64)
+    for i in range(len(indices)):
+        keys[i] = sample_key(seed, epoch, indices[i])
+    return keys
+
+
+@numba.njit(nogil=True)
 def uniform(seed, epoch, index, draw):
-    """Number `draw` of a sample's random numbers in an epoch, float64 in [0, 1)."""
-    x = _mix(np.uint64(seed))
-    x = _mix(x ^ np.uint64(epoch))
-    x = _mix(x ^ np.uint64(index))
-    x = _mix(x ^ np.uint64(draw))
+    """Number `draw` of a sample's random numbers in an epoch, float64 in [0, 1). The views use draws 0 to 40."""
+    x = _mix(sample_key(seed, epoch, index) ^ np.uint64(draw))
     return np.float64(x >> np.uint64(11)) * 2.0**-53
 
 

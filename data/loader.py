@@ -17,7 +17,7 @@ from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.transforms import ToTensor
 
-from data.augment import CentreViewDecoder, Pair, RandomViewDecoder
+from data.augment import CentreViewDecoder, Pair, RandomViewDecoder, sample_keys
 from data.beton import WRITE_AGAIN, open_checked
 from data.order import epoch_order
 
@@ -188,8 +188,9 @@ class Loader:
         """This rank's batches of an epoch, from global batch `start` on; the earlier ones are not decoded.
 
         Global batch k holds the same samples at any world size and accumulation. A batch's tensors are the caller's, on
-        the device: `image` [B, 3, H, W] normalised, `index` int64 [B], `label` int64 [B] in a labelled file, and in
-        evaluation `valid` bool [B]. One epoch runs at a time: starting another ends this one.
+        the device: `image` [B, 3, H, W] normalised, `index` int64 [B], `label` int64 [B] if there are labels, in
+        training `key` int64 [B] (`augment.sample_key`), and in evaluation `valid` bool [B]. One epoch runs at a time:
+        starting another ends this one.
 
         Raises:
             ValueError: `start` is outside the epoch, or an image's data is damaged.
@@ -242,7 +243,10 @@ class Loader:
                 batch = {"image": self._normalise(image), "index": self._to_device(order[here])}
                 if self._labels is not None:
                     batch["label"] = self._to_device(self._labels[order[here]])
-                if not self._train:
+                if self._train:
+                    keys = sample_keys(self._state[0], epoch, order[here])
+                    batch["key"] = self._to_device(keys.view(np.int64))
+                else:
                     batch["valid"] = self._to_device(valid[here])
                 yield batch
         finally:

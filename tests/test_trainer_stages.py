@@ -28,6 +28,12 @@ OPTIONS = {
         "0.1",
         "--train.weight_decay",
         "0.05",
+        "--stage3.mixup",
+        "0.8",
+        "--stage3.cutmix",
+        "1.0",
+        "--stage3.drop_path",
+        "0.3",
     ],
 }
 
@@ -70,10 +76,10 @@ def test_two_ranks_give_the_curve_of_one(small: Path, alone: Path, tmp_path: Pat
 
 
 def test_accumulation_gives_the_same_curve(small: Path, alone: Path, tmp_path: Path) -> None:
-    options = [*OPTIONS[2], "--student.parent", str(alone / "stage1/export"), "--train.micro_batch_size", "4"]
-    done = run_trainer(small, tmp_path, 2, *options)
+    options = [*OPTIONS[3], "--student.parent", str(alone / "stage2/export"), "--train.micro_batch_size", "4"]
+    done = run_trainer(small, tmp_path, 3, *options)
     assert done.code == 0, done.err
-    assert_same_curve(done.folder, alone / "stage2")
+    assert_same_curve(done.folder, alone / "stage3")
 
 
 def test_offload_to_the_host_gives_the_same_curve(small: Path, alone: Path, tmp_path: Path) -> None:

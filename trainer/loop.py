@@ -138,10 +138,12 @@ def batches_from(loader, step: int) -> Iterator[dict[str, Any]]:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make dropout, drop path and mixing a pure function of (seed, step, rank)."""
-    state = np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(2)
-    torch.manual_seed(int(state[0]))
-    np.random.seed(state[1])  # timm's Mixup draws from it
+    """Make what torch's generator draws a pure function of (seed, step, rank).
+
+    That is dropout and whatever else `teacher.kwargs` switches on inside timm; it changes with the world size and the
+    accumulation, unlike views, mixing and stage 3's drop path, which are keyed by sample.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1)[0]))
 
 
 def finite(value: float | torch.Tensor | None) -> float | None:
