@@ -1,9 +1,11 @@
 """Shared by the trainer's tests: a small labelled data set, a small teacher file, and a way to run the program."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from zygote import Run, Zygote, free_port
 
 from data.write import write
 
@@ -83,8 +86,8 @@ ENVIRONMENT = os.environ | {
 class Result:
     """How a run of the program ended."""
 
-    def __init__(self, done: subprocess.CompletedProcess, folder: Path | None) -> None:
-        self.code, self.out, self.err, self.folder = done.returncode, done.stdout, done.stderr, folder
+    def __init__(self, code: int, out: str, err: str, folder: Path) -> None:
+        self.code, self.out, self.err, self.folder = code, out, err, folder
 
     def lines(self, split: str) -> list[dict]:
         """The metrics lines of `split`."""
@@ -101,19 +104,29 @@ class Result:
         return said[0]
 
 
-def run_trainer(small: Path, run: Path, stage: int, *options: str, ranks: int = 1, timeout: int = 400) -> Result:
-    """`trainer/run.py` on the small data set, through the deepspeed launcher when `ranks` is above 1."""
-    start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), "--num_gpus", str(ranks)]
-    command = [
-        *start,
-        "trainer/run.py",
-        "--config",
-        str(small / "recipe.yaml"),
-        "--stage",
-        str(stage),
-        "--run",
-        str(run),
-        *options,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-    return Result(done, run / f"stage{stage}")
+@functools.cache
+def zygote(beton: Path) -> Zygote:
+    """The process that the program's runs are forked from."""
+    return Zygote(ENVIRONMENT, beton)
+
+
+def run_trainer(
+    small: Path, run: Path, stage: int, *options: str, ranks: int = 1, timeout: int = 400, launcher: bool = False
+) -> Result:
+    """`trainer/run.py` on the small data set: forked, or started as a user does.
+
+    Args:
+        launcher: by the real `python`, or the real `deepspeed` when `ranks` is above 1; takes 8 s longer.
+    """
+    argv = ["--config", str(small / "recipe.yaml"), "--stage", str(stage), "--run", str(run), *options]
+    folder = run / f"stage{stage}"
+    if launcher:
+        world = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+        start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), *world]
+        command = [*start, "trainer/run.py", *argv]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+        return Result(done.returncode, done.stdout, done.stderr, folder)
+    with tempfile.TemporaryDirectory() as log:
+        forked = Run(zygote(small / "train.beton"), argv, Path(log), ranks)
+        code = forked.wait(timeout)
+        return Result(code, forked.text("out"), forked.text("err"), folder)

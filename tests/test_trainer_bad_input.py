@@ -298,13 +298,13 @@ def test_run_folder_of_other_settings(small: Path, tmp_path: Path, capsys) -> No
 def test_hub_unreachable(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     hub = ("--teacher.weights", "null", "--teacher.kwargs", "{}", "--data.image_size", "null")
-    done = run_trainer(small, tmp_path / "run", 2, *hub)
+    done = run_trainer(small, tmp_path / "run", 2, *hub, launcher=True)
     assert "hub" in done.error and "--teacher.weights FILE" in done.error
     assert not (tmp_path / "run").exists()
 
 
 def test_ranks_say_it_once(small: Path, tmp_path: Path) -> None:
-    done = run_trainer(small, tmp_path / "run", 2, "--train.batch_size", "15", ranks=2)
+    done = run_trainer(small, tmp_path / "run", 2, "--train.batch_size", "15", ranks=2, launcher=True)
     assert "train.batch_size 15" in done.error and "2 ranks" in done.error
     assert not (tmp_path / "run").exists()
 

@@ -40,10 +40,12 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def alone(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with stages 1, 2 and 3, one after the other, on one rank."""
+    """A run folder with stages 1, 2 and 3, one after the other, on one rank, each in a fresh process."""
     run = tmp_path_factory.mktemp("alone")
     for stage in STAGES:
-        done = run_trainer(small, run, stage, *OPTIONS[stage], "--train.save_every", "3", "--train.keep", "9")
+        done = run_trainer(
+            small, run, stage, *OPTIONS[stage], "--train.save_every", "3", "--train.keep", "9", launcher=True
+        )
         assert done.code == 0, done.err
     return run
 
@@ -67,7 +69,7 @@ def assert_same_curve(left: Path, right: Path) -> None:
 def test_two_ranks_give_the_curve_of_one(small: Path, alone: Path, tmp_path: Path, stage: int, zero: int) -> None:
     options = [*OPTIONS[stage], "--student.parent", str(alone / f"stage{stage - 1}" / "export")] if stage > 1 else []
     config = str(ROOT / f"ds_configs/zero{zero}.json")
-    done = run_trainer(small, tmp_path, stage, *options, "--deepspeed", config, ranks=2)
+    done = run_trainer(small, tmp_path, stage, *options, "--deepspeed", config, ranks=2, launcher=stage == zero)
     assert done.code == 0, done.err
     assert_same_curve(done.folder, alone / f"stage{stage}")
     mine, theirs = (load_file(folder / "export/model.safetensors") for folder in (done.folder, alone / f"stage{stage}"))
