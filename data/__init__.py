@@ -6,6 +6,16 @@ Writing is `python -m data.write`, or `from data.write import write`.
 from data import _ffcv  # before all that import FFCV
 from data.beton import Info, inspect
 from data.loader import Loader, eval_loader, resolve, train_loader
-from data.order import epoch_order
+from data.order import choose_order, epoch_order, windowed_order
 
-__all__ = ["Info", "Loader", "epoch_order", "eval_loader", "inspect", "resolve", "train_loader"]
+__all__ = [
+    "Info",
+    "Loader",
+    "choose_order",
+    "epoch_order",
+    "eval_loader",
+    "inspect",
+    "resolve",
+    "train_loader",
+    "windowed_order",
+]

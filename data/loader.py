@@ -19,7 +19,8 @@ from ffcv.transforms import ToTensor
 
 from data.augment import CentreViewDecoder, Pair, RandomViewDecoder, sample_keys
 from data.beton import WRITE_AGAIN, open_checked
-from data.order import epoch_order
+from data.order import RUN_BYTES, WINDOW, Order, epoch_order, windowed_order
+from data.read_ahead import RunReader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,6 +43,8 @@ def train_loader(
     scale: Pair = (0.08, 1.0),
     ratio: Pair = (3 / 4, 4 / 3),
     hflip: float = 0.5,
+    order: Order = "random",
+    window: int = WINDOW,
     workers: int | None = None,
 ) -> "Loader":
     """Shuffled batches with a random resized crop and flip.
@@ -56,6 +59,10 @@ def train_loader(
         dtype: of the images.
         mean, std: a value a channel (R, G, B), for pixels in 0..1.
         scale, ratio, hflip: of the views, see `augment.random_view`.
+        order: `random` takes each image from anywhere in the file. `windowed`, for a file larger than memory, reads
+            it in long runs, each once an epoch, see `order.windowed_order`; `choose_order` tells which.
+        window: MiB of the file that the windowed order holds in memory and shuffles together, over all ranks. Each
+            rank reads another 64 MiB ahead.
         workers: decoding threads; by default this process's share of the cores. No result depends on it.
 
     Raises:
@@ -72,12 +79,17 @@ def train_loader(
     if accumulate < 1 or batch_size < 1 or batch_size % (world_size * accumulate):
         parts = f"{world_size} ranks x {accumulate} accumulation steps"
         raise ValueError(f"batch_size {batch_size}: must be a positive multiple of {parts}")
+    if order not in ("random", "windowed"):
+        raise ValueError(f"order {order}: must be random or windowed")
+    if window < 1:
+        raise ValueError(f"window {window}: must be at least 1 MiB")
     state = np.array([seed, 0, 0], dtype=np.int64)
     decoder = RandomViewDecoder(_size(image_size), state, scale, ratio, hflip)
     micro_batch_size = batch_size // (world_size * accumulate)
     loader = Loader(
-        path, decoder, state, micro_batch_size, accumulate, rank, world_size, True, device, dtype, mean, std, workers
-    )
+        path, decoder, state, micro_batch_size, accumulate, rank, world_size, True, device, dtype, mean, std, workers,
+        (window << 20) // RUN_BYTES if order == "windowed" else None,
+    )  # fmt: skip
     if loader.steps_per_epoch == 0:
         samples = f"{loader.num_samples} samples do not fill one batch of {batch_size}"
         raise ValueError(f"{path}: {samples}; use a smaller batch_size")
@@ -149,6 +161,7 @@ class Loader:
         mean: Sequence[float],
         std: Sequence[float],
         workers: int | None,
+        window: int | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank}: must be in 0..{world_size - 1}")
@@ -179,6 +192,11 @@ class Loader:
             batches_ahead=2,
             seed=0,  # unused, but FFCV would draw one from numpy's global generator
         )
+        self._window = window  # runs; None: the random order
+        if window is not None:
+            reader = self._ffcv.reader
+            column = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))["image"]
+            self._ffcv.memory_manager = RunReader(self._ffcv.memory_manager, reader.metadata[column]["data_ptr"])
         # FFCV allocates its buffers (page-locked, with a GPU) anew for each epoch; one runs at a time, so once will do.
         self._ffcv.graph.allocate_memory = functools.lru_cache(maxsize=1)(self._ffcv.graph.allocate_memory)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -218,8 +236,11 @@ class Loader:
         """This rank's sample indices in order, and which of them count: int64 [n], bool [n]."""
         if self._train:
             steps, micro = self.steps_per_epoch, self.micro_batch_size
-            order = epoch_order(self.num_samples, self._state[0].item(), epoch)
-            order = order[: steps * micro * self.accumulate * self._world_size]
+            batch_size, seed = micro * self.accumulate * self._world_size, self._state[0].item()
+            if self._window is None:
+                order = epoch_order(self.num_samples, seed, epoch)[: steps * batch_size]
+            else:
+                order = windowed_order(self._ffcv.memory_manager.runs, seed, epoch, batch_size, self._window)
             # A rank's part of a global batch is one run of it, cut into micro-batches: what lies side by side in the
             # global batch, a pair for mixup say, meets in one micro-batch however the batch is cut.
             order = order.reshape(steps, self._world_size, self.accumulate, micro)[start:, self._rank].reshape(-1)
