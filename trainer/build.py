@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from timm.models import VisionTransformer
 
 import data
@@ -82,8 +83,22 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     return Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps)
 
 
-def loaders(settings: Settings, job: Job, me: World) -> tuple[data.Loader, data.Loader | None]:
-    """Training and evaluation batches for this rank."""
+def reading(settings: Settings, job: Job, kept: dict[str, Any] | None) -> dict[str, Any]:
+    """The order in which training reads its file, and the window: what `loaders` takes and a checkpoint keeps.
+
+    All ranks call it and take rank 0's choice, since each machine may have another memory. A run that goes on takes
+    what it began with (`kept`, of its checkpoint): another order would not show each image once an epoch.
+    """
+    if kept is None:
+        order, window = data.choose_order(job.train.path, settings.data.order, settings.data.window)
+        kept = {"order": order, "window": window}
+    chosen = [kept]
+    dist.broadcast_object_list(chosen, src=0)
+    return chosen[0]
+
+
+def loaders(settings: Settings, job: Job, me: World, reading: dict[str, Any]) -> tuple[data.Loader, data.Loader | None]:
+    """Training and evaluation batches for this rank; `reading` is the training data's order and window."""
     given, accumulate = settings.data, accumulation(settings, me.size)
     how = {
         "image_size": job.export["input"]["image_size"], "mean": job.export["input"]["mean"],
@@ -92,7 +107,7 @@ def loaders(settings: Settings, job: Job, me: World) -> tuple[data.Loader, data.
     }  # fmt: skip
     train = data.train_loader(
         job.train.path, batch_size=settings.train.batch_size, accumulate=accumulate, seed=settings.train.seed,
-        scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip, **how,
+        scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip, **reading, **how,
     )  # fmt: skip
     val = None
     if job.val is not None:

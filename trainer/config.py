@@ -57,6 +57,8 @@ class Data:
     scale: list[float] = field(default_factory=lambda: [0.25, 1.0])  # area of the random resized crop
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])  # its aspect
     hflip: float = 0.5
+    order: Literal["auto", "random", "windowed"] = "auto"  # windowed reads in long runs; auto: for files above memory
+    window: int | None = None  # MiB held and shuffled together, over all ranks; default: 2048, or 1/4 of memory
     workers: int | None = None  # decoding threads a rank; default: its share of the cores
 
 
@@ -162,6 +164,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.scale": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "two values, 0 < least <= most <= 1"),
     "data.ratio": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "two values, 0 < least <= most"),
     "data.hflip": _SHARE,
+    "data.window": _AT_LEAST_1,
     "data.workers": _AT_LEAST_1,
     "train.epochs": _POSITIVE,
     "train.steps": _AT_LEAST_1,

@@ -7,7 +7,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from trainer import engine as ds
-from trainer.build import Job, build, loaders
+from trainer.build import Job, build, loaders, reading
 from trainer.checkpoint import Checkpoints
 from trainer.config import Settings, UserError, as_dict, parse
 from trainer.dry_run import describe
@@ -43,15 +43,16 @@ def main(argv: list[str] | None = None) -> int:
 def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.World) -> int:
     """Train, judge and hand on one stage."""
     ds.join(me)
-    train_data, val_data = loaders(settings, job, me)
+    checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
+    found = checkpoints.newest()
+    order = reading(settings, job, found[1].get("reading") if found else None)
+    train_data, val_data = loaders(settings, job, me, order)
     optimizer = build_optimizer(job.stage.student, settings, me.device.type == "cuda", ds.offloads(config))
     schedule = build_schedule(optimizer, settings.train, job.steps)
     engine = ds.build_engine(job.stage, optimizer, config)
     if job.stage.teacher is not None:
         job.stage.teacher.to(me.device, next(job.stage.parameters()).dtype)
 
-    checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
-    found = checkpoints.newest()
     step = found[1]["step"] if found else 0
     if found:
         checkpoints.restore(engine, found)
@@ -59,6 +60,8 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     tracker.say(
         f"stage {settings.stage}, {job.stage.name}: from {f'step {step}' if found else job.start}, to step {job.steps}"
     )
+    if order["order"] == "windowed":
+        tracker.say(f"{job.train.path}: read in long runs, shuffled within {order['window']} MiB (data.order windowed)")
 
     def evaluate(at: int) -> None:
         if val_data is not None:
@@ -68,7 +71,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     def save(at: int) -> None:
         samples = at * settings.train.batch_size
         zero_stage = engine.zero_optimization_stage()
-        state = {"step": at, "samples": samples, "world_size": me.size, "zero_stage": zero_stage}
+        state = {"step": at, "samples": samples, "world_size": me.size, "zero_stage": zero_stage, "reading": order}
         checkpoints.save(engine, state | {"settings": as_dict(settings), "lineage": job.export["lineage"]})
 
     if step == 0 and settings.train.eval_first:
