@@ -235,3 +235,30 @@ def test_unlabelled_images_and_another_image_size(small: Path, alone: Path, tmp_
     last = done.lines("val")[-1]
     assert {"top1", "teacher_top1", "feature_cosine"} <= last.keys()
     assert models.load(done.folder / "export")(torch.zeros(1, 3, 48, 48)).shape == (1, 4)
+
+
+def test_the_windowed_order_gives_one_curve_on_any_ranks(small: Path, alone: Path, tmp_path: Path) -> None:
+    options = ["--data.order", "windowed", "--data.window", "4"]
+    one, two = (run_trainer(small, tmp_path / str(n), 1, *options, ranks=n) for n in (1, 2))
+    assert one.code == two.code == 0, one.err + two.err
+    assert "train.beton: read in long runs, shuffled within 4 MiB" in one.err
+    assert_same_curve(one.folder, two.folder)
+    assert curve(one.folder) != curve(alone / "stage1")
+
+
+def test_a_run_goes_on_in_the_order_it_began_with(small: Path, alone: Path, tmp_path: Path) -> None:
+    """Whatever `data.order auto` would choose on the machine where it goes on."""
+    shutil.copytree(alone / "stage1", tmp_path / "stage1")
+    shutil.rmtree(tmp_path / "stage1/export")
+    shutil.rmtree(tmp_path / "stage1/checkpoints/step-00000006")
+    path = tmp_path / "stage1/checkpoints/step-00000003/manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["reading"]["order"] == "random" and manifest["settings"]["data"]["order"] == "auto"
+    begun_with_less_memory = {"order": "windowed", "window": 4}
+    path.write_text(json.dumps(manifest | {"reading": begun_with_less_memory}))
+    done = run_trainer(small, tmp_path, 1)
+    assert done.code == 0, done.err
+    assert "from step 3" in done.err and "shuffled within 4 MiB" in done.err
+    last = json.loads((tmp_path / "stage1/checkpoints/step-00000006/manifest.json").read_text())
+    assert last["reading"] == begun_with_less_memory
+    assert curve(done.folder)[:3] == curve(alone / "stage1")[:3] and curve(done.folder) != curve(alone / "stage1")
