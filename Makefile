@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test lint format lock bench-stages wheel clean
+.PHONY: help setup demo test lint format lock bench-stages bench-saving wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lock: setup  ## Write requirements.lock from pyproject.toml (ARGS=--upgrade take
 
 bench-stages: setup  ## Measure what each stage buys (ARGS name the data and the teacher)
 	$(PYTHON_VENV) -m benchmarks.stages $(ARGS)
+
+bench-saving: setup  ## Measure how long training stands still for a checkpoint, beside DeepSpeed's own
+	$(PYTHON_VENV) -m benchmarks.saving $(ARGS)
 
 wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
 	rm -rf build dist

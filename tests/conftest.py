@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,3 +131,20 @@ def run_trainer(
         forked = Run(zygote(small / "train.beton"), argv, Path(log), ranks)
         code = forked.wait(timeout)
         return Result(code, forked.text("out"), forked.text("err"), folder)
+
+
+def curve(folder: Path, *splits: str) -> list[dict]:
+    """A stage's metrics lines of `splits` (default: all), without what measures time."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    timing = {"images_per_second", "data_wait"}
+    return [
+        {k: v for k, v in line.items() if k not in timing} for line in lines if line["split"] in splits or not splits
+    ]
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Leave a stage's folder as a run that was killed at `step` leaves it."""
+    shutil.rmtree(folder / "export", ignore_errors=True)
+    for path in (folder / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)

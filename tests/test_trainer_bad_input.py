@@ -167,7 +167,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ema": (("--stage", "3", "--stage3.ema", "1.5"), ("stage3.ema", "below 1")),
     "mixup_odd": (("--stage", "3", "--train.batch_size", "3", "--stage3.mixup", "0.5"), ("mixup", "3 images", "even")),
     "batch_too_large": (("--train.batch_size", "97"), ("train.batch_size 97", "96 images")),
-    "micro_batch": (("--train.micro_batch_size", "5"), ("train.batch_size 16", "multiple", "micro-batch 5")),
     "micro_batch_zero": (("--train.micro_batch_size", "0"), ("train.micro_batch_size 0", "at least 1")),
     # teacher and student
     "softmax_student": (("--student.attention", "softmax"), ("student.attention softmax", "stage 3")),

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Blobs, run_trainer
+from conftest import ROOT, Blobs, curve, forget_after, run_trainer
 from safetensors.torch import load_file
 
 import models
 from data.write import write
+from trainer.checkpoint import digest
 
 STAGES = (1, 2, 3)
 # fp32; ranks add up gradients and losses in another order.
@@ -37,44 +38,61 @@ OPTIONS = {
     ],
 }
 
+SAVES = ["--train.save_every", "3", "--train.keep", "9"]
+
 
 @pytest.fixture(scope="module")
 def alone(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with stages 1, 2 and 3, one after the other, on one rank, each in a fresh process."""
     run = tmp_path_factory.mktemp("alone")
     for stage in STAGES:
-        done = run_trainer(
-            small, run, stage, *OPTIONS[stage], "--train.save_every", "3", "--train.keep", "9", launcher=True
-        )
+        done = run_trainer(small, run, stage, *OPTIONS[stage], *SAVES, launcher=True)
         assert done.code == 0, done.err
     return run
 
 
-def curve(folder: Path, split: str = "train") -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timing = {"images_per_second", "data_wait"}
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines if line["split"] == split]
-
-
 def assert_same_curve(left: Path, right: Path) -> None:
-    for split in ("train", "val"):
-        pairs = list(zip(curve(left, split), curve(right, split), strict=True))
-        assert pairs
-        for a, b in pairs:
-            assert a == {k: pytest.approx(v, **SAME) if isinstance(v, float) else v for k, v in b.items()}
+    pairs = list(zip(curve(left), curve(right), strict=True))
+    assert {line["split"] for line, _ in pairs} == {"train", "val"}
+    for a, b in pairs:
+        assert a == {k: pytest.approx(v, **SAME) if isinstance(v, float) else v for k, v in b.items()}
+
+
+def assert_resumes_to_the_bit(small: Path, run: Path, stage: int, *options: str, ranks: int = 1) -> None:
+    """Killed after step 3 and started again, a run ends with the same metrics, weights, moments and averages."""
+    folder = run / f"stage{stage}"
+
+    def end() -> tuple:
+        manifest = json.loads((folder / "checkpoints/step-00000006/manifest.json").read_text())
+        return curve(folder), manifest["files"], load_file(folder / "export/model.safetensors")
+
+    lines, files, weights = end()
+    forget_after(folder, 3)
+    done = run_trainer(small, run, stage, *options, ranks=ranks)
+    assert done.code == 0, done.err
+    assert "from step 3" in done.err
+    resumed_lines, resumed_files, resumed_weights = end()
+    assert resumed_lines == lines
+    assert resumed_files == files  # sizes and hashes
+    assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("zero", (1, 2, 3))
-def test_two_ranks_give_the_curve_of_one(small: Path, alone: Path, tmp_path: Path, stage: int, zero: int) -> None:
-    options = [*OPTIONS[stage], "--student.parent", str(alone / f"stage{stage - 1}" / "export")] if stage > 1 else []
-    config = str(ROOT / f"ds_configs/zero{zero}.json")
-    done = run_trainer(small, tmp_path, stage, *options, "--deepspeed", config, ranks=2, launcher=stage == zero)
+def test_two_ranks_give_the_curve_of_one_and_resume(
+    small: Path, alone: Path, tmp_path: Path, stage: int, zero: int
+) -> None:
+    options = [*OPTIONS[stage], *SAVES, "--deepspeed", str(ROOT / f"ds_configs/zero{zero}.json")]
+    options += ["--train.micro_batch_size", "4"]  # two accumulated
+    if stage > 1:
+        options += ["--student.parent", str(alone / f"stage{stage - 1}" / "export")]
+    done = run_trainer(small, tmp_path, stage, *options, ranks=2, launcher=stage == zero)
     assert done.code == 0, done.err
     assert_same_curve(done.folder, alone / f"stage{stage}")
     mine, theirs = (load_file(folder / "export/model.safetensors") for folder in (done.folder, alone / f"stage{stage}"))
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-4)
+    assert_resumes_to_the_bit(small, tmp_path, stage, *options, ranks=2)
 
 
 def test_accumulation_gives_the_same_curve(small: Path, alone: Path, tmp_path: Path) -> None:
@@ -92,25 +110,16 @@ def test_offload_to_the_host_gives_the_same_curve(small: Path, alone: Path, tmp_
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resume_continues_the_curve_to_the_bit(small: Path, alone: Path, tmp_path: Path, stage: int) -> None:
+def test_resume_continues_to_the_bit(small: Path, alone: Path, tmp_path: Path, stage: int) -> None:
     shutil.copytree(alone, tmp_path / "run")
-    folder = tmp_path / "run" / f"stage{stage}"
-    shutil.rmtree(folder / "export")
-    shutil.rmtree(folder / "checkpoints/step-00000006")
-    done = run_trainer(small, tmp_path / "run", stage, *OPTIONS[stage], "--train.save_every", "3", "--train.keep", "9")
-    assert done.code == 0, done.err
-    assert "from step 3" in done.err
-    assert curve(folder) == curve(alone / f"stage{stage}")
-    assert curve(folder, "val") == curve(alone / f"stage{stage}", "val")
-    mine, theirs = (load_file(path / "export/model.safetensors") for path in (folder, alone / f"stage{stage}"))
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_resumes_to_the_bit(small, tmp_path / "run", stage, *OPTIONS[stage], *SAVES)
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(small: Path, alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone, tmp_path / "run")
     folder = tmp_path / "run/stage2"
     shutil.rmtree(folder / "export")
-    victim = next((folder / "checkpoints/step-00000006").glob("*optim_states.pt"))
+    victim = folder / "checkpoints/step-00000006/rank-00000.safetensors"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
@@ -138,10 +147,11 @@ def test_the_teacher_is_in_no_checkpoint(small: Path, alone: Path) -> None:
     teacher = load_file(small / "teacher.safetensors")
     counts = {}
     for stage in STAGES:
-        (saved,) = (alone / f"stage{stage}/checkpoints/step-00000003").glob("*model_states.pt")
-        module = torch.load(saved, weights_only=False)["module"]
-        counts[stage] = sum(value.numel() for value in module.values())
-        assert not any(torch.equal(teacher[n.removeprefix("student.")], v) for n, v in module.items() if v.ndim > 1)
+        saved = load_file(alone / f"stage{stage}/checkpoints/step-00000003/rank-00000.safetensors")
+        weights = {name.split(":student.")[1]: v for name, v in saved.items() if name.startswith("weight:")}
+        assert len(saved) == (4 if stage == 3 else 3) * len(weights)  # two moments, and in stage 3 an average
+        counts[stage] = sum(value.numel() for value in weights.values())
+        assert not any(torch.equal(teacher[n].flatten(), v) for n, v in weights.items() if teacher[n].ndim > 1)
     qkv = sum(value.numel() for name, value in teacher.items() if ".attn.qkv." in name)
     everything = sum(value.numel() for value in teacher.values())
     head = sum(value.numel() for name, value in teacher.items() if name.startswith("head."))
@@ -169,7 +179,7 @@ def test_the_export_is_a_timm_model_with_its_lineage(small: Path, alone: Path) -
 
 
 def test_a_complete_stage_is_not_run_again(small: Path, alone: Path) -> None:
-    done = run_trainer(small, alone, 2, *OPTIONS[2], "--train.save_every", "3", "--train.keep", "9")
+    done = run_trainer(small, alone, 2, *OPTIONS[2], *SAVES)
     assert done.code == 0
     assert "complete" in done.out
 
@@ -249,16 +259,17 @@ def test_the_windowed_order_gives_one_curve_on_any_ranks(small: Path, alone: Pat
 def test_a_run_goes_on_in_the_order_it_began_with(small: Path, alone: Path, tmp_path: Path) -> None:
     """Whatever `data.order auto` would choose on the machine where it goes on."""
     shutil.copytree(alone / "stage1", tmp_path / "stage1")
-    shutil.rmtree(tmp_path / "stage1/export")
-    shutil.rmtree(tmp_path / "stage1/checkpoints/step-00000006")
+    forget_after(tmp_path / "stage1", 3)
     path = tmp_path / "stage1/checkpoints/step-00000003/manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["reading"]["order"] == "random" and manifest["settings"]["data"]["order"] == "auto"
     begun_with_less_memory = {"order": "windowed", "window": 4}
-    path.write_text(json.dumps(manifest | {"reading": begun_with_less_memory}))
+    del manifest["sha256"]
+    manifest["reading"] = begun_with_less_memory
+    path.write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
     done = run_trainer(small, tmp_path, 1)
     assert done.code == 0, done.err
     assert "from step 3" in done.err and "shuffled within 4 MiB" in done.err
     last = json.loads((tmp_path / "stage1/checkpoints/step-00000006/manifest.json").read_text())
     assert last["reading"] == begun_with_less_memory
-    assert curve(done.folder)[:3] == curve(alone / "stage1")[:3] and curve(done.folder) != curve(alone / "stage1")
+    assert curve(done.folder)[:4] == curve(alone / "stage1")[:4] and curve(done.folder) != curve(alone / "stage1")

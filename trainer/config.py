@@ -69,7 +69,7 @@ class Train:
     epochs: float = 1.0
     steps: int | None = None  # optimizer steps; wins over epochs
     batch_size: int = 256  # global
-    micro_batch_size: int | None = None  # a rank and forward pass; default: without accumulation
+    micro_batch_size: int | None = None  # at most, a rank and forward pass; default: without accumulation
     lr: float = 1e-3  # peak; warm-up, then cosine to min_lr
     min_lr: float = 0.0
     warmup_steps: int = 0
@@ -81,7 +81,7 @@ class Train:
     compile: bool = False
     seed: int = 0
     save_every: int = 1000  # steps
-    keep: int = 2  # checkpoints
+    keep: int = 2  # newest checkpoints, beside the best
     log_every: int = 10
     eval_first: bool = True  # judge before the first step
     eval_every: int = 0  # steps; 0: at the end only

@@ -84,13 +84,15 @@ def let_rank_0_speak(me: World) -> None:
 
 
 def accumulation(settings: Settings, size: int) -> int:
-    """Micro-batches a rank and optimizer step. Raises UserError when the global batch cannot be divided so."""
+    """Micro-batches a rank and optimizer step: the fewest that keep to `micro_batch_size`, so that it may stay as it is
+    at another number of ranks. Raises UserError when the global batch cannot be shared by the ranks.
+    """
     train = settings.train
-    micro = train.micro_batch_size or max(1, train.batch_size // size)
-    if train.batch_size % (micro * size):
-        what = f" x micro-batch {micro}" if train.micro_batch_size else ""
-        raise UserError(f"train.batch_size {train.batch_size}: must be a multiple of {size} ranks{what}")
-    return train.batch_size // (micro * size)
+    share, left = divmod(train.batch_size, size)
+    if left:
+        raise UserError(f"train.batch_size {train.batch_size}: must be a multiple of the number of ranks, {size}")
+    most = train.micro_batch_size or share
+    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= most)
 
 
 def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
@@ -112,6 +114,12 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
         raise UserError(f"--deepspeed {path}: has no section zero_optimization")
     if config["zero_optimization"].get("stage") not in (1, 2, 3):
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 1, 2 or 3")
+    for section in ("offload_optimizer", "offload_param"):
+        offload = config["zero_optimization"].get(section)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            raise UserError(
+                f"--deepspeed {path}: zero_optimization.{section}.device nvme: checkpoints do not cover it; use cpu"
+            )
     for section in ("bf16", "fp16"):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"--deepspeed {path}: {section} {config[section]!r}: must be a section; remove it there")
@@ -171,26 +179,6 @@ def build_engine(stage: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
     except (DeepSpeedConfigError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
     return engine
-
-
-def full_fp32(engine: DeepSpeedEngine, parameter: torch.nn.Parameter, ema: bool = False) -> torch.Tensor:
-    """A trained parameter whole, in fp32, from the ranks' master shards; a collective, call it on all ranks.
-
-    Args:
-        ema: its moving average instead, which the optimizer has kept since its first step.
-    """
-    if not ema:
-        value = deepspeed.utils.safe_get_full_fp32_param(parameter)
-    else:
-        try:
-            value = deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema")
-        except ValueError:
-            # ZeRO 1 and 2 link states to parameters once, after the first group's step: later groups have none then.
-            engine.optimizer._hp_optimizer_states_linked = False
-            engine.optimizer._lazy_init_hp_params_optimizer_state()
-            value = deepspeed.utils.safe_get_full_optimizer_state(parameter, "ema")
-    assert value is not None, "a trained parameter has a master copy"
-    return value
 
 
 def set_working_copy(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:

@@ -28,8 +28,8 @@ class StageFolder:
     def check(self, settings: Settings) -> None:
         """Raises UserError, naming the field, when the folder belongs to a run with other settings."""
         kept = self.path / "config.yaml"
-        if not kept.is_file():
-            return
+        if not kept.is_file() or not (self.complete or any(self.checkpoints.glob("step-*"))):
+            return  # nothing is there that other settings would spoil
         try:
             before = yaml.safe_load(kept.read_text())
             assert isinstance(before, dict)

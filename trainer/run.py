@@ -63,16 +63,19 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     if order["order"] == "windowed":
         tracker.say(f"{job.train.path}: read in long runs, shuffled within {order['window']} MiB (data.order windowed)")
 
+    scores: dict[int, float] = {}
+
     def evaluate(at: int) -> None:
         if val_data is not None:
             values = job.stage.evaluate(engine, val_data)
+            scores[at] = job.stage.score(values)
             tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values})
 
     def save(at: int) -> None:
-        samples = at * settings.train.batch_size
-        zero_stage = engine.zero_optimization_stage()
-        state = {"step": at, "samples": samples, "world_size": me.size, "zero_stage": zero_stage, "reading": order}
-        checkpoints.save(engine, state | {"settings": as_dict(settings), "lineage": job.export["lineage"]})
+        state = {"step": at, "samples": at * settings.train.batch_size, "settings": as_dict(settings)}
+        state |= {"lineage": job.export["lineage"], "reading": order, "score": scores.get(at)}
+        checkpoints.begin(engine, state)
+        checkpoints.publish()
 
     if step == 0 and settings.train.eval_first:
         evaluate(0)

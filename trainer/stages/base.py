@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from models import LinearAttention, taps
 from trainer.config import Settings
-from trainer.engine import DeepSpeedEngine, full_fp32, set_working_copy
+from trainer.engine import DeepSpeedEngine, set_working_copy
+from trainer.shards import WEIGHT, Shards
 
 Batch = dict[str, Tensor]
 
@@ -122,6 +123,10 @@ class Stage(nn.Module):
         images = values.pop("images")
         return {key: value / images for key, value in values.items()}
 
+    def score(self, values: dict[str, float]) -> float:
+        """What the best checkpoint is chosen by, higher is better: of what `evaluate` gave."""
+        return -values["loss"]
+
     def averages(self, engine: DeepSpeedEngine) -> bool:
         """Whether a moving average of the weights is judged and exported; there is none before the first step."""
         kept = self.settings.stage == "3" and self.settings.stage3.ema is not None
@@ -130,23 +135,23 @@ class Stage(nn.Module):
     @contextlib.contextmanager
     def averaged_weights(self, engine: DeepSpeedEngine) -> Iterator[None]:
         """Within the context forward uses the moving average, where one is kept."""
-        trained = [p for p in self.student.parameters() if p.requires_grad] if self.averages(engine) else []
-        for parameter in trained:
-            set_working_copy(parameter, full_fp32(engine, parameter, ema=True))
-        yield
-        for parameter in trained:
-            set_working_copy(parameter, full_fp32(engine, parameter))
+        shards = Shards(engine)
+        trained = shards.parameters.items() if self.averages(engine) else ()
+        for name, parameter in trained:
+            set_working_copy(parameter, shards.full(name, "ema"))
+        try:
+            yield
+        finally:
+            for name, parameter in trained:
+                set_working_copy(parameter, shards.full(name))
 
     def export(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
         """The student's state dict on the CPU: trained weights from fp32 masters (or averages), the rest as it came.
 
         A collective, call it on all ranks.
         """
-        trained = {
-            name: full_fp32(engine, parameter, ema=self.averages(engine)).cpu()
-            for name, parameter in self.student.named_parameters()
-            if parameter.requires_grad
-        }
+        shards, key = Shards(engine), "ema" if self.averages(engine) else WEIGHT
+        trained = {name.removeprefix("student."): shards.full(name, key).cpu() for name in shards.parameters}
         return trained | self.frozen
 
 

@@ -24,6 +24,10 @@ class Finetune(Stage):
         self.save_memory_and_time(self.student)
         self.mix = Mixup(options.mixup, options.cutmix) if options.mixup > 0 or options.cutmix > 0 else None
 
+    def score(self, values: dict[str, float]) -> float:
+        """Top-1."""
+        return values["top1"]
+
     def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
         """{"loss": [B]}."""
         label = batch["label"]
