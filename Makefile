@@ -41,6 +41,9 @@ bench-stages: setup  ## Measure what each stage buys (ARGS name the data and the
 bench-saving: setup  ## Measure how long training stands still for a checkpoint, beside DeepSpeed's own
 	$(PYTHON_VENV) -m benchmarks.saving $(ARGS)
 
+bench-order: setup  ## Measure the windowed order's reading and shuffling against FFCV's orders (root; control groups v1)
+	$(PYTHON_VENV) -m benchmarks.order $(ARGS)
+
 wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
 	rm -rf build dist
 	.venv/bin/python -m build --no-isolation --wheel

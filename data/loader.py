@@ -19,7 +19,7 @@ from ffcv.transforms import ToTensor
 
 from data.augment import CentreViewDecoder, Pair, RandomViewDecoder, sample_keys
 from data.beton import WRITE_AGAIN, open_checked
-from data.order import RUN_BYTES, WINDOW, Order, epoch_order, windowed_order
+from data.order import MAX_AHEAD, RUN_BYTES, WINDOW, Order, epoch_order, windowed_order
 from data.read_ahead import RunReader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,8 +61,8 @@ def train_loader(
         scale, ratio, hflip: of the views, see `augment.random_view`.
         order: `random` takes each image from anywhere in the file. `windowed`, for a file larger than memory, reads
             it in long runs, each once an epoch, see `order.windowed_order`; `choose_order` tells which.
-        window: MiB of the file that the windowed order holds in memory and shuffles together, over all ranks. Each
-            rank reads another 64 MiB ahead.
+        window: MiB of the file that the windowed order holds in memory and shuffles together, over all ranks; a
+            quarter of it more, at most 256 MiB, is read ahead.
         workers: decoding threads; by default this process's share of the cores. No result depends on it.
 
     Raises:
@@ -196,7 +196,8 @@ class Loader:
         if window is not None:
             reader = self._ffcv.reader
             column = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))["image"]
-            self._ffcv.memory_manager = RunReader(self._ffcv.memory_manager, reader.metadata[column]["data_ptr"])
+            pointers, ahead = reader.metadata[column]["data_ptr"], max(4, min(MAX_AHEAD, window // 4) // world_size)
+            self._ffcv.memory_manager = RunReader(self._ffcv.memory_manager, pointers, ahead)
         # FFCV allocates its buffers (page-locked, with a GPU) anew for each epoch; one runs at a time, so once will do.
         self._ffcv.graph.allocate_memory = functools.lru_cache(maxsize=1)(self._ffcv.graph.allocate_memory)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

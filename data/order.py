@@ -14,6 +14,7 @@ from data.memory import memory_limit
 
 RUN_BYTES = 2 << 20  # long enough for near the full speed of disks and network file systems; divides FFCV's pages
 MAX_LANES = 256
+MAX_AHEAD = 128  # runs read ahead, over all ranks
 CACHED_SHARE = 2 / 3  # of memory, which a file may fill and still be cached beside what trains
 WINDOW = 2048  # MiB, of the windowed order; a quarter of memory where that is less
 Order = Literal["random", "windowed"]

@@ -17,7 +17,6 @@ from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 from data.order import RUN_BYTES
 
 THREADS = 4
-AHEAD = 32  # runs that are read before they are needed
 PIECE = 1 << 20  # bytes of one read
 
 
@@ -29,9 +28,15 @@ class RunReader:
         begin, end: int64 [runs], the bytes of the file that hold the images of each run.
     """
 
-    def __init__(self, manager: OSCacheManager, image_ptrs: np.ndarray):
-        """`manager`: FFCV's; `image_ptrs`: uint64 [num_samples], where each image begins in the file."""
-        self.manager = manager
+    def __init__(self, manager: OSCacheManager, image_ptrs: np.ndarray, ahead: int):
+        """What an epoch's reading needs.
+
+        Args:
+            manager: FFCV's.
+            image_ptrs: uint64 [num_samples], where each image begins in the file.
+            ahead: runs that are read before they are needed.
+        """
+        self.manager, self.ahead = manager, ahead
         sizes = manager.sizes[np.searchsorted(manager.ptrs, image_ptrs)]
         image_ptrs = image_ptrs.astype(np.int64)
         self.runs = image_ptrs // RUN_BYTES
@@ -50,7 +55,8 @@ class ReadAhead(OSCacheContext):
 
     def __init__(self, reader: RunReader, batches: list[np.ndarray]):
         super().__init__(reader.manager)
-        self._begin, self._end, self._path = reader.begin, reader.end, reader.manager.reader.file_name
+        self._begin, self._end, self._ahead = reader.begin, reader.end, reader.ahead
+        self._path = reader.manager.reader.file_name
         runs = reader.runs[np.concatenate(batches).astype(np.int64)]
         batch = np.repeat(np.arange(len(batches)), [len(indices) for indices in batches])
         used, first = np.unique(runs, return_index=True)
@@ -65,6 +71,8 @@ class ReadAhead(OSCacheContext):
         self._file = os.open(self._path, os.O_RDONLY)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads what is asked for and no further
         self._map = mmap.mmap(self._file, 0, prot=mmap.PROT_READ)
+        # Should memory be short, a fault reads a page of memory, not what lies around it and pushes out more.
+        self._map.madvise(mmap.MADV_RANDOM)
         self.mmap = np.frombuffer(self._map, np.uint8)  # what FFCV's decoders read
         self._pool = ThreadPoolExecutor(THREADS, "read-ahead")
         return self
@@ -78,7 +86,7 @@ class ReadAhead(OSCacheContext):
         with self._lock:
             if self._ended:
                 return
-            while self._to_read and (self._to_read[0][0] <= batch or len(self._reads) < AHEAD):
+            while self._to_read and (self._to_read[0][0] <= batch or len(self._reads) < self._ahead):
                 first, run = self._to_read.popleft()
                 self._reads.append((first, self._pool.submit(self._read, run)))
         while self._reads and self._reads[0][0] <= batch:

@@ -201,7 +201,7 @@ def test_a_file_that_shrinks_is_an_error(beton, tmp_path):
     manager = OSCacheManager(Reader(path))
     images = manager.reader.metadata["f0"]["data_ptr"]
     os.truncate(path, path.stat().st_size // 2)
-    context = RunReader(manager, images).schedule_epoch([np.arange(COUNT, dtype=np.uint64)])
+    context = RunReader(manager, images, 4).schedule_epoch([np.arange(COUNT, dtype=np.uint64)])
     with context, pytest.raises(OSError, match=r"copy\.beton: became shorter while it was read"):
         context.start_batch(0)
 
@@ -209,7 +209,7 @@ def test_a_file_that_shrinks_is_an_error(beton, tmp_path):
 def test_runs_cover_the_images(beton):
     manager = OSCacheManager(Reader(beton))
     images = manager.reader.metadata["f0"]["data_ptr"].astype(int)
-    reader = RunReader(manager, images.astype(np.uint64))
+    reader = RunReader(manager, images.astype(np.uint64), 4)
     assert (reader.begin[reader.runs] <= images).all()
     assert (images + 3 * SIDE * SIDE <= reader.end[reader.runs]).all()
     inside = reader.end > 0
