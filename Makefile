@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test lint format lock bench-stages bench-saving wheel clean
+.PHONY: help setup demo test lint format lock bench-stages bench-saving bench-order wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
