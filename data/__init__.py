@@ -4,11 +4,12 @@ Writing is `python -m data.write`, or `from data.write import write`.
 """
 
 from data import _ffcv  # before all that import FFCV
-from data.beton import Info, inspect
+from data.beton import DamagedError, Info, inspect
 from data.loader import Loader, eval_loader, resolve, train_loader
 from data.order import choose_order, epoch_order, windowed_order
 
 __all__ = [
+    "DamagedError",
     "Info",
     "Loader",
     "choose_order",

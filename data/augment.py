@@ -17,6 +17,8 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 
+from data.checksum import checksum
+
 Pair = tuple[float, float]
 
 # Compiled on their own, without FFCV's fastmath: reordered sums could move a crop by a pixel from build to build.
@@ -130,14 +132,18 @@ class _ViewDecoder(SimpleRGBImageDecoder):
 
     Args:
         output_size: (height, width), pixels.
-        state: int64 [3], (seed, epoch, 1 + an index that could not be decoded or 0). The compiled code reads it through
+        state: int64 [3], (seed, epoch, 1 + the index of a damaged image or 0). The compiled code reads it through
             its address at every batch, so a new epoch needs no new compilation. The caller keeps it alive.
+
+    Attributes:
+        checksums: uint64 [num_samples] of the stored bytes, or None where the file has none; set before compilation.
     """
 
     def __init__(self, output_size: tuple[int, int], state: np.ndarray):
         super().__init__()
         self.output_size = output_size
         self.state = state
+        self.checksums: np.ndarray | None = None
 
     def view(self) -> Callable:
         """A jitted (seed, epoch, index, height, width) -> (top, left, height, width, flip)."""
@@ -151,14 +157,20 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         address, rows, columns = self.state.ctypes.data, self.output_size[0], self.output_size[1]
         jpg, mem_read, my_range, view = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator(), self.view()
         imdecode_c, resize_crop_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+        wanted = np.zeros(0, np.uint64) if self.checksums is None else self.checksums
+        wanted_address, verified = wanted.ctypes.data, len(wanted)
 
         def decode(batch_indices, destination, metadata, storage_state):
             state = numba.carray(address_as_void_pointer(address), 3, dtype=np.int64)
+            wanted = numba.carray(address_as_void_pointer(wanted_address), verified, dtype=np.uint64)
             seed, epoch = state[0], state[1]
             for slot in my_range(len(batch_indices)):
                 index = batch_indices[slot]
                 field = metadata[index]
                 stored = mem_read(field["data_ptr"], storage_state)
+                if verified and checksum(stored) != wanted[index]:
+                    state[2] = np.int64(index) + 1
+                    continue  # a decoder is not to be trusted with it
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
                 if field["mode"] == jpg:
                     image = np.empty((height, width, 3), dtype=np.uint8)

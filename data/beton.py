@@ -1,5 +1,11 @@
-"""A look at a .beton file before FFCV maps it: FFCV reads a damaged one until it crashes (SIGBUS, SIGSEGV)."""
+"""A look at a .beton file before FFCV maps it: FFCV reads a damaged one until it crashes (SIGBUS, SIGSEGV).
 
+A file from `data.write` carries a checksum of each stored image (field `checksum`) and mask (`mask_checksum`),
+compared when they are decoded, and a SHA-256 of all its tables, those checksums and the labels among them, compared
+here. It lies in the last bytes of the checksum field's arguments, which FFCV leaves empty: it goes where the file goes.
+"""
+
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +17,14 @@ from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
 
 WRITE_AGAIN = "write it again with python -m data.write"
+_JPEG_PIXELS = (
+    1024  # more than a byte of any JPEG holds (a flat baseline one: 64); a lie would take gigabytes to decode
+)
+_DIGEST = slice(-32, None)  # where in a field's arguments the tables' SHA-256 lies
+
+
+class DamagedError(ValueError):
+    """Stored data is not what was written; seen only when it is read."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +40,33 @@ class Info:
     sha256: str | None  # of the file when it was written, from the JSON beside it
     max_size: tuple[int, int]  # largest stored (height, width), pixels
     fields: tuple[str, ...]  # names of FFCV's fields
+    digest: str | None  # SHA-256 of the tables, checksums of images and masks included; None in a file without them
 
 
 def side_file(path: Path) -> Path:
     """The JSON beside a .beton file: `x.beton.json`."""
     return path.with_name(path.name + ".json")
+
+
+def tables_digest(header: bytes, descriptors: np.ndarray, metadata: np.ndarray, table: np.ndarray) -> bytes:
+    """SHA-256 over a file's tables as they are stored, the place of the digest itself taken as empty."""
+    descriptors = descriptors.copy()
+    descriptors["arguments"][:, _DIGEST] = 0
+    digest = hashlib.sha256(header)
+    for part in (descriptors, metadata, table):
+        digest.update(part.view(np.uint8))
+    return digest.digest()
+
+
+def put_digest(descriptors: np.ndarray, digest: bytes) -> None:
+    """Enters a file's digest into the descriptor of its field `checksum`."""
+    descriptors["arguments"][_names(descriptors).index("checksum"), _DIGEST] = np.frombuffer(digest, np.uint8)
+
+
+def side_digest(content: dict, tables: str) -> str:
+    """SHA-256 of what the JSON beside a file says, and of the digest of that file's tables."""
+    said = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(f"{tables} {json.dumps(said, sort_keys=True)}".encode()).hexdigest()
 
 
 def inspect(path: str | Path) -> Info:
@@ -39,13 +75,14 @@ def inspect(path: str | Path) -> Info:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a .beton, of another version, unfinished, truncated, empty, or damaged in its tables, or
-            it has no field `image`. One line: what, where, how to mend it.
+            it has no field `image`; or the JSON beside it is damaged or of another file. One line: what, where, how to
+            mend it.
     """
     return open_checked(path)[0]
 
 
-def open_checked(path: str | Path) -> tuple[Info, np.ndarray | None]:
-    """`inspect`, and the labels: int64 [num_samples], or None in a file without labels."""
+def open_checked(path: str | Path) -> tuple[Info, dict[str, np.ndarray]]:
+    """`inspect`, and the columns that are there: `label` int64 [n], `checksum` and `mask_checksum` uint64 [n]."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder, not a .beton file" if path.is_dir() else "no such file"
@@ -72,7 +109,10 @@ def open_checked(path: str | Path) -> tuple[Info, np.ndarray | None]:
         raise _truncated(path, size, table_start)
     damaged = ValueError(f"{path}: not a .beton file, or damaged in its tables; {WRITE_AGAIN}")
     descriptors = np.fromfile(path, FieldDescType, int(header["num_fields"]), offset=HeaderType.itemsize)
+    page_size = int(header["page_size"])
     if any(int(type_id) not in TYPE_ID_HANDLER for type_id in descriptors["type_id"]) or table_start < tables_end:
+        raise damaged
+    if page_size == 0 or page_size & (page_size - 1):
         raise damaged
     if size < table_start + ALLOC_TABLE_TYPE.itemsize * num_samples:  # at least the images have an entry each
         raise _truncated(path, size, table_start + ALLOC_TABLE_TYPE.itemsize * num_samples)
@@ -80,6 +120,8 @@ def open_checked(path: str | Path) -> tuple[Info, np.ndarray | None]:
         reader = Reader(path)
     except Exception as error:  # whatever a reader of another's bytes may trip over
         raise damaged from error
+    if len(reader.handlers) != header["num_fields"]:  # two of one name
+        raise damaged
     return _check_tables(path, reader, size, side, damaged)
 
 
@@ -111,13 +153,25 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
     raw = image["mode"] == IMAGE_MODES["raw"]
     if np.any(pixels == 0) or np.any(image_sizes[raw] != pixels[raw]) or np.any(image["mode"] > 1):
         raise damaged
-    mask = reader.handlers.get("mask")
-    if mask is not None and np.any(stored_sizes(reader.metadata[columns["mask"]]) != mask.element_size):
+    if np.any(pixels[~raw] // 3 > _JPEG_PIXELS * image_sizes[~raw]):
         raise damaged
+    mask = reader.handlers.get("mask")
+    if mask is not None:
+        if type(mask) is not NDArrayField or mask.dtype != np.uint8 or len(mask.shape) != 2:
+            raise ValueError(f"{path}: its field `mask` is not of uint8 arrays [H, W]; {WRITE_AGAIN}")
+        if np.any(stored_sizes(reader.metadata[columns["mask"]]) != mask.element_size):
+            raise damaged
+    digest = _check_digest(reader, damaged)
+    if side is not None and digest and side.get("digest") != side_digest(side, digest):
+        raise ValueError(f"{side_file(path)}: damaged, or of another file; delete it, or {WRITE_AGAIN}")
 
-    labels = None
-    if isinstance(reader.handlers.get("label"), IntField):
-        labels = reader.metadata[columns["label"]].astype(np.int64)
+    kinds = {"label": np.int64, "checksum": np.uint64, "mask_checksum": np.uint64}
+    read = {
+        name: np.ascontiguousarray(reader.metadata[columns[name]]).view(kind)
+        for name, kind in kinds.items()
+        if isinstance(reader.handlers.get(name), IntField) and (digest or name == "label")
+    }
+    labels = read.get("label")
     info = Info(
         path=path,
         num_samples=reader.num_samples.item(),
@@ -128,10 +182,27 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
         sha256=side.get("sha256") if side else None,
         max_size=(int(image["height"].max()), int(image["width"].max())),
         fields=tuple(reader.handlers),
+        digest=digest,
     )
     if labels is not None and labels.min() < 0:
         raise ValueError(f"{path}: has a label below 0 ({labels.min()}); {WRITE_AGAIN}")
-    return info, labels
+    return info, read
+
+
+def _check_digest(reader: Reader, damaged: ValueError) -> str | None:
+    """The digest of the tables, in hex; None in a file that never had one. Raises `damaged` when it does not fit."""
+    descriptors = reader.field_descriptors
+    stored = descriptors["arguments"][:, _DIGEST]
+    if not stored.any() and "checksum" not in reader.handlers:
+        return None
+    digest = tables_digest(reader.header.tobytes(), descriptors, reader.metadata, reader.alloc_table)
+    if "checksum" not in reader.handlers or stored[list(reader.handlers).index("checksum")].tobytes() != digest:
+        raise damaged
+    return digest.hex()
+
+
+def _names(descriptors: np.ndarray) -> list[str]:
+    return [name.tobytes().rstrip(b"\0").decode("ascii") for name in descriptors["name"]]
 
 
 def _read_side(path: Path) -> dict | None:
@@ -140,10 +211,12 @@ def _read_side(path: Path) -> dict | None:
         return None
     try:
         content = json.loads(side.read_text())
-        size, classes = content.get("bytes", 0), content.get("classes") or []
-        if not isinstance(size, int) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("`bytes` or `classes` is of another type")
-    except (ValueError, AttributeError, TypeError) as error:
+        size, sha256, classes = content.get("bytes", 0), content.get("sha256", ""), content.get("classes") or []
+        if not isinstance(size, int) or not isinstance(sha256, str) or not isinstance(classes, list):
+            raise ValueError("`bytes`, `sha256` or `classes` is of another type")
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("`classes` are not names")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{side}: not such a file ({error}); delete it or {WRITE_AGAIN}") from error
     return content
 

@@ -18,7 +18,7 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.transforms import ToTensor
 
 from data.augment import CentreViewDecoder, Pair, RandomViewDecoder, sample_keys
-from data.beton import WRITE_AGAIN, open_checked
+from data.beton import WRITE_AGAIN, DamagedError, open_checked
 from data.order import MAX_AHEAD, RUN_BYTES, WINDOW, Order, epoch_order, windowed_order
 from data.read_ahead import RunReader
 
@@ -167,14 +167,15 @@ class Loader:
             raise ValueError(f"rank {rank}: must be in 0..{world_size - 1}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {tuple(mean)}, std {tuple(std)}: must be three values each (R, G, B), std above 0")
-        self.info, labels = open_checked(path)
+        self.info, columns = open_checked(path)
+        decoder.checksums = columns.get("checksum")
         self.num_samples = self.info.num_samples
         self.classes = self.info.classes
         self.has_labels = self.info.has_labels
         self.micro_batch_size = micro_batch_size
         self.accumulate = accumulate
         self.device = torch.device(device)
-        self._labels = labels
+        self._labels = columns.get("label")
         self._dtype, self._train, self._rank, self._world_size = dtype, train, rank, world_size
         self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
         self._std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
@@ -212,7 +213,8 @@ class Loader:
         starting another ends this one.
 
         Raises:
-            ValueError: `start` is outside the epoch, or an image's data is damaged.
+            ValueError: `start` is outside the epoch.
+            DamagedError: an image's data is damaged.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"start {start}: must be in 0..{self.steps_per_epoch}, the epoch's global batches")
@@ -260,7 +262,7 @@ class Loader:
             for at in range(0, len(order), self.micro_batch_size):
                 image = self._next_image(running)
                 if self._state[2]:
-                    raise ValueError(f"{self.info.path}: image {self._state[2] - 1} is damaged; {WRITE_AGAIN}")
+                    raise DamagedError(f"{self.info.path}: image {self._state[2] - 1} is damaged; {WRITE_AGAIN}")
                 here = slice(at, at + self.micro_batch_size)
                 batch = {"image": self._normalise(image), "index": self._to_device(order[here])}
                 if self._labels is not None:

@@ -9,6 +9,7 @@ has to find it first.
 import argparse
 import fcntl
 import functools
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -74,9 +75,9 @@ class Digits:
 
 
 def ensure(split: str) -> Path:
-    """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/vit-linearizer/digits-v1/`.
+    """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/vit-linearizer/digits-v2/`.
 
-    Any number of processes may call it at once: one writes, the others wait.
+    Any number of processes may call it at once: one writes, the others wait. A damaged file is written again.
 
     Raises:
         ValueError: no such split.
@@ -84,7 +85,7 @@ def ensure(split: str) -> Path:
     """
     dataset = Digits(split)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "vit-linearizer" / "digits-v1" / f"{split}.beton"
+    path = cache / "vit-linearizer" / "digits-v2" / f"{split}.beton"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / ".lock", "w") as lock:
@@ -146,9 +147,11 @@ def _place(glyph: np.ndarray, rng: np.random.Generator, size: float, turn: float
 
 def _is_whole(path: Path) -> bool:
     try:
-        return inspect(path).num_samples > 0
+        recorded = inspect(path).sha256
     except (FileNotFoundError, ValueError):
         return False
+    with open(path, "rb") as file:  # a tenth of a second: the files are small
+        return hashlib.file_digest(file, "sha256").hexdigest() == recorded
 
 
 def main() -> int:

@@ -10,11 +10,21 @@ IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+# What Pillow may take a file for, whatever its name says: others of its formats start programs (EPS: Ghostscript).
+Image.init()
+_FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+            if name in Image.OPEN]  # fmt: skip
 MAX_SIDE = 65535  # FFCV stores sides in 16 bits
 
 
 class ImageFolder:
     """The images under a folder: a class a subfolder (`root/class/image.jpg`, classes sorted by name), or unlabelled.
+
+    Links to files and to folders are followed, wherever they lead: such folders are often made of them.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no images in it, classes without images, or a link that leads back to a folder above it.
 
     Attributes:
         classes: names of the classes, or None when unlabelled.
@@ -53,9 +63,16 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple:
-        """(image,) or (image, label)."""
+        """(image,) or (image, label).
+
+        Raises:
+            ValueError, OSError, Image.DecompressionBombError: it cannot be read, or has more than twice
+                `Image.MAX_IMAGE_PIXELS`.
+        """
         file = self.files[index]
-        with Image.open(self.root / file) as image:
+        if not (self.root / file).is_file():  # a pipe would be waited for
+            raise ValueError("is no regular file, or a link that leads nowhere")
+        with Image.open(self.root / file, formats=_FORMATS) as image:
             pixels = to_rgb(image)
         return (pixels, self._labels[file.parts[0]]) if self.classes else (pixels,)
 
@@ -88,8 +105,16 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
 def _image_files(root: Path) -> list[Path]:
     """Paths of the images under a folder, relative to it and sorted; hidden files and folders are passed over."""
     found = []
-    for folder, folders, files in os.walk(root):
+    chains = {str(root): (root.resolve(),)}  # where a folder really lies, after those that led to it
+    for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        chain = chains.pop(folder)
+        for name in folders:
+            path = os.path.join(folder, name)
+            place = Path(path).resolve() if os.path.islink(path) else chain[-1] / name
+            if any(above.is_relative_to(place) for above in chain):
+                raise ValueError(f"{path}: leads back to a folder that it lies in; remove the link")
+            chains[path] = (*chain, place)
         inside = Path(folder).relative_to(root)
         found += [
             inside / name

@@ -23,11 +23,12 @@ import cv2
 import numpy as np
 from ffcv.fields import IntField, NDArrayField, RGBImageField
 from ffcv.memory_allocator import MemoryAllocator
-from ffcv.types import ALLOC_TABLE_TYPE
+from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
 from tqdm import tqdm
 
-from data.beton import inspect, side_file
+from data.beton import inspect, put_digest, side_digest, side_file, tables_digest
+from data.checksum import checksum
 from data.sources import MAX_SIDE, ImageFolder, to_rgb
 
 CHUNK = 64  # samples a process takes at a time
@@ -68,7 +69,7 @@ def write(
         source: what to record as the source; by default the dataset's type.
 
     Returns:
-        What the JSON holds: classes, count, source, settings, bytes, sha256, skipped.
+        What the JSON holds: classes, count, source, settings, bytes, sha256, skipped, digest.
 
     Raises:
         ValueError: a setting out of its range, an empty dataset, or unreadable items (named in the message).
@@ -96,7 +97,7 @@ def write(
             mend = "nothing is left" if skip_unreadable else "mend or remove them, or pass --skip_unreadable"
             first = f"{skipped[0]['name']} ({skipped[0]['reason']})"
             raise ValueError(f"{len(skipped)} of {len(dataset)} images unreadable, the first is {first}; {mend}")
-        inspect(aside)  # what was written reads back
+        info = inspect(aside)  # what was written reads back
         content = {
             "classes": _classes(dataset, label_key, classes) if "label" in fields else None,
             "count": len(dataset) - len(skipped),
@@ -108,6 +109,7 @@ def write(
             "sha256": _sha256(aside),
             "skipped": skipped,
         }  # fmt: skip
+        content["digest"] = side_digest(content, info.digest)
         side_aside.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(aside, out)
         os.replace(side_aside, side_file(out))
@@ -152,15 +154,26 @@ class _Items:
         return item
 
 
+_CHECKSUMS = ("checksum", "mask_checksum")  # fields, of what is stored for the image and for the mask
+
+
 class _PageTooSmallError(Exception):
     """A sample needs more than a page: its bytes are in args[0]."""
 
 
 class _Allocator(MemoryAllocator):
+    """FFCV's, which also keeps in `stored` what the current sample was given: uint8 arrays, of its image, then mask."""
+
+    def set_current_sample(self, current_sample_id):
+        super().set_current_sample(current_sample_id)
+        self.stored = []
+
     def malloc(self, size):
         if size > self.page_size:
             raise _PageTooSmallError(int(size))
-        return super().malloc(size)
+        pointer, buffer = super().malloc(size)
+        self.stored.append(buffer)
+        return pointer, buffer
 
 
 def _write_pages(
@@ -185,6 +198,7 @@ def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers:
     metadata = np.frombuffer(mmap.mmap(-1, count * writer.metadata_type.itemsize), dtype=writer.metadata_type)
     allocator = _Allocator(str(path), writer.data_region_start, page_size)
 
+    checksum(np.zeros(1, np.uint8))  # compiled once, before the fork
     context = multiprocessing.get_context("fork")
     done, taken, messages = context.Value("Q", 0), context.Value("Q", 0), context.Queue()
     work = (read, fields, metadata, allocator, taken, done, messages, os.getpid())
@@ -233,8 +247,11 @@ def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers:
         writer.header["alloc_table_ptr"] = file.seek(0, os.SEEK_END)
         writer.header["num_samples"] = keep.sum()
         file.write(table.tobytes())
+        descriptors = np.fromfile(path, FieldDescType, len(fields), offset=HeaderType.itemsize)
+        put_digest(descriptors, tables_digest(writer.header.tobytes(), descriptors, rows[keep], table))
         file.seek(0)
         file.write(writer.header.tobytes())
+        file.write(descriptors.tobytes())
         file.flush()
         os.fsync(file.fileno())
     return unreadable
@@ -271,20 +288,25 @@ def _store(read: _Items, index: int, fields: dict, metadata: np.ndarray, allocat
     """Writes one sample; returns why it could not be read, or ""."""
     try:
         item = read[index]
-        if item.keys() != fields.keys():
-            raise ValueError(f"has {', '.join(item)}, while the first item has {', '.join(fields)}")
+        expected = [name for name in fields if name not in _CHECKSUMS]
+        if list(item) != expected:
+            raise ValueError(f"has {', '.join(item)}, while the first item has {', '.join(expected)}")
         if "mask" in item and item["mask"].shape != fields["mask"].shape:
             raise ValueError(f"its mask is {item['mask'].shape}, the first one {fields['mask'].shape}")
     except Exception as error:  # a decoder may raise anything on a broken file
         return _one_line(error)
     try:
-        handle_sample([item[name] for name in fields], index, metadata.dtype.names, metadata, allocator, fields)
+        values = [item.get(name, 0) for name in fields]
+        handle_sample(values, index, metadata.dtype.names, metadata, allocator, fields)
     except (OSError, _PageTooSmallError):  # of the file that is written
         raise
     except MemoryError as error:  # FFCV's word for an image and a mask that do not share a page
         raise _PageTooSmallError(2 * allocator.page_size) from error
     except Exception as error:  # such as a side too long for a JPEG
         return _one_line(error)
+    columns = dict(zip(fields, metadata.dtype.names, strict=True))
+    for name, stored in zip(_CHECKSUMS, allocator.stored, strict=False):
+        metadata[columns[name]][index] = np.uint64(checksum(stored)).view(np.int64)
     return ""
 
 
@@ -312,6 +334,7 @@ def _fields(read: _Items, max_side, quality, raw_share, smart_threshold) -> dict
         if max_side is not None:
             raise ValueError("max_side: images with masks are stored at their own size")
         fields["mask"] = NDArrayField(np.dtype(np.uint8), item["mask"].shape)
+    fields |= {name: IntField() for name in _CHECKSUMS[: 1 + ("mask" in item)]}
     return fields
 
 

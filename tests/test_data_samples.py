@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data import eval_loader, inspect, resolve
-from data.samples import CLASSES, SIDE, Digits, _glyphs, contact_sheet
+from data.beton import side_file
+from data.samples import CLASSES, SIDE, Digits, _glyphs, _is_whole, contact_sheet
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +59,7 @@ def test_written_once_and_shared(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "data.samples", "--split", "val"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     asking = [subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(2)]
-    path = tmp_path / "vit-linearizer" / "digits-v1" / "val.beton"
+    path = tmp_path / "vit-linearizer" / "digits-v2" / "val.beton"
     for process in asking:
         assert process.communicate(timeout=120)[0].strip() == str(path) and process.returncode == 0
     assert sorted(file.name for file in path.parent.iterdir()) == [".lock", "val.beton", "val.beton.json"]
@@ -79,6 +80,14 @@ def test_written_once_and_shared(tmp_path, monkeypatch):
         assert np.abs(batch["image"][place].permute(1, 2, 0).numpy() * 255 - image).max() < 1e-3
 
     content = path.read_bytes()
+    assert _is_whole(path)
+    side = side_file(path).read_text()
+    for text in (side.replace(CLASSES[3], "8", 1), "{"):
+        side_file(path).write_text(text)
+        assert not _is_whole(path)
+    side_file(path).write_text(side)
+    assert _is_whole(path)
     with open(path, "r+b") as file:  # a damaged file is written again, to the same bytes
-        file.truncate(1_000_000)
+        file.seek(len(content) // 2)
+        file.write(bytes([content[len(content) // 2] ^ 1]))
     assert resolve("digits", "val").read_bytes() == content

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,43 @@ def test_unreadable_files(folder, tmp_path, capsys):
     for image, index in zip(images, [10, 12, 0, 1, 2], strict=True):
         assert np.array_equal(image, picture(index))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(folder / "cat", target_is_directory=True)
+    (tmp_path / "linked" / "b").mkdir()
+    (tmp_path / "linked" / "b" / "x.png").symlink_to(folder / "ant" / "0.png")
+    dataset = ImageFolder(tmp_path / "linked")
+    assert dataset.classes == ["a", "b"] and len(dataset) == 4 and np.array_equal(dataset[3][0], picture(10))
+    (folder / "cat" / "on").symlink_to(tmp_path / "linked" / "b")
+    assert len(ImageFolder(tmp_path / "linked")) == 5
+    for target in (tmp_path, tmp_path / "linked", folder / "cat"):  # upwards, and two that lead to each other
+        (tmp_path / "linked" / "b" / "back").symlink_to(target)
+        with pytest.raises(ValueError, match="leads back to a folder that it lies in; remove the link"):
+            ImageFolder(tmp_path / "linked")
+        (tmp_path / "linked" / "b" / "back").unlink()
+
+
+def test_hostile_files_are_named(tmp_path):
+    """A pipe, a link to nothing, a bomb of a size that only the header claims, and a program in PostScript."""
+    picture(0).save(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "nothing")
+    bomb = bytearray((tmp_path / "0.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (tmp_path / "3.png").write_bytes(bomb)
+    (tmp_path / "4.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 16\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with Image.open(tmp_path / "4.png") as image:
+        assert image.format == "EPS"  # which would be handed to Ghostscript
+    side = write(ImageFolder(tmp_path), tmp_path / "x.beton", skip_unreadable=True, progress=False)
+    skipped = {Path(entry["name"]).name: entry["reason"] for entry in side["skipped"]}
+    assert side["count"] == 1 and skipped.keys() == {"1.png", "2.png", "3.png", "4.png"}
+    assert "no regular file" in skipped["1.png"] and "leads nowhere" in skipped["2.png"]
+    assert "exceeds limit" in skipped["3.png"] and "cannot identify image file" in skipped["4.png"]
 
 
 def test_all_unreadable(tmp_path):

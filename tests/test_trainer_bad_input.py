@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ARCHITECTURE, ENVIRONMENT, ROOT, Blobs, run_trainer
+from damage import damage
 from safetensors.torch import save_file
 
 import models
@@ -288,8 +291,8 @@ def test_run_folder_of_other_settings(small: Path, tmp_path: Path, capsys) -> No
         assert was in line and now in line and "--run" in line, line
     assert contents(tmp_path) == before
     kept = tmp_path / "run" / "stage2" / "config.yaml"
-    for damage in (b"a: [", b"\xff\xfe\x00", b"text"):
-        kept.write_bytes(damage)
+    for content in (b"a: [", b"\xff\xfe\x00", b"text"):
+        kept.write_bytes(content)
         assert "damaged" in one_line(capsys, argv)
         assert kept.read_bytes() == damage
 
@@ -315,6 +318,13 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         assert process.poll() is None, f"ended with {process.returncode}"
         assert time.monotonic() < end, f"{path} did not come"
         time.sleep(0.1)
+
+
+def test_a_damaged_image_is_named(small: Path, tmp_path: Path) -> None:
+    shutil.copy(small / "train.beton", tmp_path)
+    damage(tmp_path / "train.beton", "flip image", np.random.default_rng(0))
+    done = run_trainer(small, tmp_path / "run", 1, "--data.train", str(tmp_path / "train.beton"))
+    assert re.search(r"train\.beton: image \d+ is damaged; write it again", done.error)
 
 
 def test_two_processes_on_one_run_folder(small: Path, tmp_path: Path) -> None:

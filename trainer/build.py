@@ -72,9 +72,10 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     if not any(p.requires_grad for p in stage.parameters()):
         which = settings.student.trainable
         raise UserError(f"student.trainable {which}: the student has no such parameters; choose another")
-    kwargs = chosen.kwargs | {"num_classes": stage.student.num_classes, "img_size": given["image_size"]}
+    name, kwargs = models.architecture(chosen.name, chosen.kwargs)
+    kwargs |= {"num_classes": stage.student.num_classes, "img_size": given["image_size"]}
     export = {
-        "backbone": {"name": chosen.name, "kwargs": kwargs},
+        "backbone": {"name": name, "kwargs": kwargs},
         "attention": {key: lineage[key] for key in ("feature_map", "linear_blocks")},
         "input": given,
         "lineage": lineage,
@@ -150,7 +151,9 @@ def _lineage(parent: Path, ours: dict[str, Any]) -> dict[str, Any]:
     for field in ("teacher.name", "teacher.kwargs", "teacher.sha256", "feature_map", "linear_blocks", "stages", "data"):
         try:
             was, now = _get(theirs, field), _get(ours, field)
-        except (KeyError, TypeError) as error:
+            assert field not in ("stages", "data") or isinstance(was, list)
+            assert field != "stages" or all(isinstance(stage, str) for stage in was)
+        except (KeyError, TypeError, AssertionError) as error:
             raise UserError(f"{parent}/config.json: damaged, its lineage has no {field}; make the export again, "
                             "or choose another with --student.parent") from error  # fmt: skip
         if was != now and field not in ("stages", "data"):  # those two are handed on

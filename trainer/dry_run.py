@@ -24,6 +24,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     flops, activations = measure(settings, job)
     states = model_state_bytes(trained, frozen, teacher, zero, me.size, settings.train.bf16, offloads(config))
     groups = build_optimizer(stage.student, settings, fused=False, cpu_offload=False).param_groups
+    unverified = [str(info.path) for info in (job.train, job.val) if info is not None and info.digest is None]
     lines = [
         f"stage {settings.stage}: {stage.name}",
         f"starts from: {job.start}",
@@ -36,6 +37,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
             for group in groups
         ),
         f"images: {job.train.num_samples:,} to train on, {job.val.num_samples if job.val else 0:,} to judge on",
+        *(f"written without checksums, damage to its images goes unnoticed: {path}" for path in unverified),
         f"steps: {job.steps:,} of {settings.train.batch_size} images "
         f"({me.size} ranks x {accumulate} x {micro}), {job.steps_per_epoch:,} an epoch",
         f"FLOPs a step: {flops * settings.train.batch_size:.3e}",

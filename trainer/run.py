@@ -6,6 +6,7 @@ import sys
 # The launcher starts this file by its path; the packages lie beside its folder.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from data import DamagedError
 from trainer import engine as ds
 from trainer.build import Job, build, loaders, reading
 from trainer.checkpoint import Checkpoints
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, me)
     try:
         return run(settings, config, folder, job, me)
-    except (UserError, OSError) as error:
+    except (UserError, DamagedError, OSError) as error:
         return fail(error, me)
 
 
