@@ -1,6 +1,6 @@
 """Networks: softmax ViTs, their linear-attention counterparts, and what reads them. Knows nothing of training."""
 
-from .backbones import build_backbone, check_image_size, fingerprint, read_weights
+from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights
 from .export import load, read_config, save
 from .feature_maps import FEATURE_MAPS
 from .linear_attention import LinearAttention, linear_attention
@@ -10,6 +10,7 @@ from .taps import taps
 __all__ = [
     "FEATURE_MAPS",
     "LinearAttention",
+    "architecture",
     "build_backbone",
     "check_image_size",
     "check_linearizable",

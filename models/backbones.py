@@ -1,6 +1,7 @@
 """A softmax ViT from a timm name: pretrained from the hub, from a local file, or untrained."""
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from timm.models import VisionTransformer, load_state_dict
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor, nn
 
 
@@ -47,12 +49,13 @@ def build_backbone(
     if weights is not None:
         state, pretrained = read_weights(weights), False
         if "num_classes" not in kwargs:  # the file knows whether it has a head, and of which size
-            kwargs["num_classes"] = len(state["head.weight"]) if "head.weight" in state else 0
+            head = state.get("head.weight")
+            kwargs["num_classes"] = len(head) if head is not None and head.ndim == 2 and head.numel() else 0
     try:
         with _hub_without_long_waits() if pretrained or name.startswith("hf-hub:") else nullcontext():
             model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
-        if isinstance(error, _NOT_BUILT) and not isinstance(error, OSError):
+        if isinstance(error, NOT_BUILT) and not isinstance(error, OSError):
             said = f"teacher.name {name!r}: timm cannot build it with teacher.kwargs {kwargs} ({_one_line(error)})"
         else:
             said = (
@@ -66,7 +69,21 @@ def build_backbone(
     return model.eval()
 
 
-_NOT_BUILT = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+def architecture(name: str, kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """What builds the same network as `name` and `kwargs` do, without asking the hub or a folder for its description.
+
+    Returns:
+        timm's own name and all overrides, of which `hf-hub:` and `local-dir:` models bring some of their own.
+    """
+    source, _, place = name.partition(":")
+    describe = {"hf-hub": load_model_config_from_hf, "local-dir": load_model_config_from_path}.get(source)
+    if describe is None:
+        return name, dict(kwargs or {})
+    _, name, own = describe(place)
+    return name, {**(own or {}), **(kwargs or {})}
+
+
+NOT_BUILT = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 @contextmanager
@@ -90,18 +107,42 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds something other than tensors.
+        ValueError: the file is damaged, or holds something other than plain tensors by name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
+        assert all(isinstance(value, Tensor) for value in state.values())
+    except (AttributeError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path}: holds no state dict of tensors; save one with safetensors or torch.save") from error
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as weights ({_one_line(error)})") from error
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors")
+        raise ValueError(f"{path}: cannot be read as weights: {_unreadable(path, error)}") from error
+    if not state:
+        raise ValueError(f"{path}: holds no state dict of tensors; save one with safetensors or torch.save")
+    for key, value in state.items():
+        stored = value.layout == torch.strided and value.device.type == "cpu" and value.untyped_storage().nbytes()
+        if stored is False or stored < value.numel() * value.element_size():
+            raise ValueError(f"{path}: {key} is no plain tensor with all its values; {_SAVE_AGAIN}")
     return state
+
+
+_SAVE_AGAIN = "where you trust its source, save its state dict alone, with safetensors"
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why, and what to do, in few words; torch's own advice is to read it unsafely."""
+    if path.suffix == ".safetensors":
+        said = _one_line(error).removeprefix("Error while deserializing header: ")[:100]
+        return f"no safetensors file, or damaged ({said}); get it again, or name it .pth if torch.save wrote it"
+    code = re.search(r"Unsupported globals: ([^ ,]+?)[.,]? |GLOBAL (\S+)", f"{error} {error.__cause__}")
+    if code:
+        name = code[1] or code[2]
+        return f"it holds Python objects ({name}), which could run code, and none was run; {_SAVE_AGAIN}"
+    if "weights_only" in str(error) and error.__cause__ is None:
+        return f"a TorchScript program or an archive of old, which could run code, and none was run; {_SAVE_AGAIN}"
+    return "neither written by torch.save nor safetensors, or damaged; get it again"
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -118,6 +159,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
         if not any(key.startswith(part) for key in own):
             state = {key: value for key, value in state.items() if not key.startswith(part)}
     check_fit(model, state, path, _MEND)
+    check_finite(state, path)
     model.load_state_dict(state)
 
 
@@ -135,10 +177,22 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, r
             for key in own
             if key in state and state[key].shape != own[key].shape
         ],
+        "of another kind of number": [
+            f"{key} {state[key].dtype}".replace("torch.", "")
+            for key in own
+            if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+        ],
     }
     said = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys]
     if said:
         raise ValueError(f"{path}: does not fit the model: {'; '.join(said)}; {remedy}")
+
+
+def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError, naming the first of them, when weights read from `path` are NaN or infinite."""
+    for key, value in state.items():
+        if value.is_floating_point() and not (value.float() if value.element_size() == 1 else value).isfinite().all():
+            raise ValueError(f"{path}: {key} is not finite; the file is damaged, or its training diverged: use another")
 
 
 def check_image_size(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:

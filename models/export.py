@@ -1,20 +1,28 @@
-"""What a stage hands on: a folder with `model.safetensors` and `config.json`, given back as a timm model by `load`."""
+"""What a stage hands on: a folder with `model.safetensors` and `config.json`, given back as a timm model by `load`.
 
+An export may come from anyone: nothing in it is run, no name in it leads to another file or to the hub, and nothing is
+built that does not fit the weights.
+"""
+
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import check_fit, check_image_size
+from .backbones import NOT_BUILT, check_finite, check_fit, check_image_size
 from .linearize import linearize
 
 FORMAT = 1
+MAX_DEPTH = 1000  # blocks; before they are compared with the weights they are built, one after the other
 
 
 def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -25,7 +33,8 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
         state: the full state dict, on any device.
         config: `backbone` {name, kwargs}, `attention` {feature_map, linear_blocks}, `input` {image_size, mean, std,
             crop_pct} and `lineage`, all plain JSON. `load` builds with `timm.create_model(name, **kwargs)`, so
-            `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`.
+            `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. To it `save`
+            adds `digest`, by which `load` knows that the two files are as they were written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +43,9 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, weights, {"format": "pt"})
     os.umask(umask := os.umask(0))
     weights.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-    text.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+    content = json.loads(json.dumps({"format": FORMAT, **config}))
+    content["digest"] = _digest(content, weights)
+    text.write_text(json.dumps(content, indent=2) + "\n")
     (folder / "config.json").unlink(missing_ok=True)
     os.replace(weights, folder / "model.safetensors")
     os.replace(text, folder / "config.json")
@@ -45,7 +56,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no export there.
-        ValueError: it was written by another format version, or is damaged.
+        ValueError: it was written by another format version, or is damaged: not JSON, or a part of another type.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -53,11 +64,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
         version = config["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, or not the config of an export ({error})") from error
     if version != FORMAT:
         raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}")
+    for name, kind in _KINDS.items():
+        part: Any = config
+        for key in name.split("."):
+            part = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, kind):
+            raise ValueError(f"{path}: damaged, its {name} is {'missing' if part is None else repr(part)[:80]}")
     return config
+
+
+# "lineage" is the trainer's, which checks it.
+_KINDS = {"backbone.name": str, "backbone.kwargs": dict, "attention.feature_map": str, "attention.linear_blocks": list}
 
 
 def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) -> nn.Module:
@@ -72,25 +93,59 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
         ValueError: the export is damaged, or the patch size does not divide `image_size`.
     """
     config = read_config(folder)
-    try:
-        backbone, attention = config["backbone"], config["attention"]
-        model = timm.create_model(backbone["name"], pretrained=False, **backbone["kwargs"])
-        linear = set(attention["linear_blocks"])
-        if linear:
-            blocks = set(range(len(model.blocks)))
-            if linear - blocks:
-                raise KeyError(f"linear_blocks {sorted(linear - blocks)}")
-            model = linearize(model, attention["feature_map"], blocks - linear)
-    except (KeyError, TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{folder}/config.json: no model can be built from it ({error!r})") from error
     path = Path(folder) / "model.safetensors"
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as weights ({error})") from error
-    check_fit(model, state, path, "it is not the file that config.json describes")
+    try:
+        _check_backbone(config["backbone"])
+        with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
+            shapes = _build(config)
+    except NOT_BUILT as error:
+        raise ValueError(f"{folder}/config.json: no model can be built from it ({error!r})") from error
+    check_fit(shapes, state, path, "it is not the file that config.json describes")
+    check_finite(state, path)
+    if "digest" in config and config["digest"] != _digest(config, path):
+        raise ValueError(f"{folder}: config.json or model.safetensors is not as it was written; make the export again")
+    model = _build(config)
     model.load_state_dict(state)
     if image_size is not None:
         check_image_size(model, image_size)
         model.set_input_size(img_size=image_size)
     return model.eval()
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    backbone, attention = config["backbone"], config["attention"]
+    model = timm.create_model(backbone["name"], pretrained=False, **backbone["kwargs"])
+    linear = set(attention["linear_blocks"])
+    if not linear:
+        return model
+    blocks = set(range(len(model.blocks)))
+    if linear - blocks:
+        raise KeyError(f"linear_blocks {sorted(linear - blocks)}")
+    return linearize(model, attention["feature_map"], blocks - linear)
+
+
+def _check_backbone(backbone: Mapping[str, Any]) -> None:
+    """Raises KeyError unless it is an architecture of timm's with overrides that lead nowhere and end soon."""
+    if not timm.is_model(backbone["name"].split(".")[0]):
+        raise KeyError(f"{backbone['name'][:80]}: no architecture of timm's")
+    for name, value in backbone["kwargs"].items():
+        items = value if isinstance(value, list) else [value]
+        plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
+        finite = all(math.isfinite(item) for item in items if isinstance(item, float))
+        if name in _NOT_OF_THE_ARCHITECTURE or not plain or not finite or (name == "depth" and value > MAX_DEPTH):
+            raise KeyError(f"backbone.kwargs: {name} {value!r}"[:100])
+
+
+_NOT_OF_THE_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+def _digest(config: Mapping[str, Any], weights: Path) -> str:
+    """SHA-256 of what `config` says and of the file of weights."""
+    said = json.dumps({key: value for key, value in config.items() if key != "digest"}, sort_keys=True)
+    with weights.open("rb") as file:
+        of_weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(f"{of_weights} {said}".encode()).hexdigest()

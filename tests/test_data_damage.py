@@ -32,7 +32,7 @@ from data.loader import Loader
 from data.write import write
 
 ROOT = Path(__file__).parent.parent
-COUNT, EACH = 40, 15  # images; copies damaged in one way
+COUNT, EACH = 40, 10  # images; copies damaged in one way
 
 
 class Pictures:
@@ -58,7 +58,7 @@ class Pictures:
 def folder(tmp_path_factory) -> Path:
     """checked.beton from `data.write`, and foreign.beton from FFCV's own writer; raw and JPEG images in both."""
     folder = tmp_path_factory.mktemp("damage")
-    write(Pictures(masked=True), folder / "checked.beton", raw_share=0.5, progress=False)
+    write(Pictures(masked=True), folder / "checked.beton", raw_share=0.5, workers=1, progress=False)
     fields = {"image": RGBImageField(write_mode="proportion", compress_probability=0.5), "label": IntField()}
     DatasetWriter(str(folder / "foreign.beton"), fields, num_workers=1).from_indexed_dataset(Pictures(masked=False))
     return folder
@@ -77,7 +77,7 @@ def test_damaged_files_never_crash_and_never_pass_for_whole(folder, name):
         assert outcomes["other"] == 0, [line for line in lines if '"other"' in line]
         assert outcomes["refused"] > outcomes["equal"] > 0  # what is hit between the tables and the images is equal
     else:  # what was written without checksums
-        assert outcomes["refused"] > 40
+        assert outcomes["refused"] > 30
 
 
 def test_checksums_are_xxh64_of_what_is_stored(folder):
@@ -166,7 +166,7 @@ def main(path: Path) -> None:
     def read(path: Path) -> list[dict]:
         decoder = CentreViewDecoder((32, 32), state)
         loader = Loader(
-            path, decoder, state, 8, 1, 0, 1, False, "cpu", torch.float32, (0, 0, 0), (1, 1, 1), workers=1
+            path, decoder, state, 20, 1, 0, 1, False, "cpu", torch.float32, (0, 0, 0), (1, 1, 1), workers=1
         )  # fmt: skip
         graph, code = loader._ffcv.graph, loader._ffcv.code
         FFCVLoader.generate_code = lambda self: self.__dict__.update(graph=graph, code=code)  # compiled once for all

@@ -1,10 +1,13 @@
 """Teachers from names and from files, good and bad."""
 
 import contextlib
+import io
+import json
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -15,8 +18,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 
-from models import build_backbone, check_image_size, fingerprint, read_weights
+from models import architecture, build_backbone, check_image_size, fingerprint, read_weights
 
 ROOT = Path(__file__).parents[1]
 NAME = "vit_tiny_patch16_224"
@@ -137,6 +141,122 @@ def test_a_malicious_pickle_is_not_executed(tmp_path, write):
     assert target.exists()
 
 
+def archive(path, content):
+    """torch's format before 0.4, a tar of pickles."""
+    with tarfile.open(path, "w") as file:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        torch.save,
+        lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False),
+        lambda x, path: path.write_bytes(pickle.dumps(x, protocol=0)),
+        lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
+        lambda x, path: path.write_bytes(pickle.dumps(x)),
+        lambda x, path: archive(path, pickle.dumps(x)),
+    ],
+    ids=["zip", "legacy", "pickle 0", "pickle 2", "pickle 4", "tar"],
+)
+def test_no_format_runs_code(tmp_path, write, suffix):
+    file = tmp_path / f"evil{suffix}"
+    write({"norm.weight": Malicious(tmp_path / "executed")}, file)
+    said = rf"evil\{suffix}: cannot be read as weights: .*(get it again|none was run)"
+    with pytest.raises(ValueError, match=said) as error:
+        build_backbone(NAME, TINY, file)
+    one_line(error)
+    assert not (tmp_path / "executed").exists()
+
+
+def lying(entries, data=b""):
+    """A safetensors file with this header."""
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff" * 8 + b"{}", "header too large"),
+        (lying({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 2**62]}}), "damaged"),
+        (lying({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}, bytes(8)), "damaged"),
+        (lying({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, bytes(8)), "damaged"),
+        (lying({"a": {"dtype": "X1", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "damaged"),
+        (lying({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, bytes(12)), "damaged"),
+        (lying({}), "holds no state dict"),
+    ],
+)  # fmt: skip
+def test_lying_safetensors(tmp_path, content, said):
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"w\.safetensors: .*{said}") as error:
+        read_weights(file)
+    assert len(one_line(error).removeprefix(str(tmp_path))) < 250
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({3: torch.zeros(2)}, "holds no state dict"),
+        ({"state_dict": 3}, "holds no state dict"),
+        ([torch.zeros(2)], "holds no state dict"),
+        (torch.zeros(2), "holds no state dict"),
+        ({"a": torch.zeros(3).to_sparse()}, "a is no plain tensor"),
+        ({"a": torch.zeros(1).expand(10**12)}, "a is no plain tensor"),
+        ({"a": torch.empty(3, device="meta")}, "a is no plain tensor"),
+        (nn.Linear(2, 2), r"Python objects \(torch\.nn\.modules\.linear\.Linear\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_state_dict_of_plain_tensors(tmp_path, content, said):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"w\.pth: .*{said}") as error:
+        read_weights(tmp_path / "w.pth")
+    one_line(error)
+
+
+def spoiled(key, value):
+    state = dict(build().state_dict())
+    state[key] = state[key].clone()
+    state[key].view(-1)[5] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (lambda: spoiled("blocks.1.attn.qkv.weight", float("nan")), r"blocks\.1\.attn\.qkv\.weight is not finite"),
+        (lambda: spoiled("norm.bias", float("-inf")), r"norm\.bias is not finite"),
+        (lambda: dict(build().state_dict(), **{"norm.bias": torch.zeros(48, dtype=torch.int32)}),
+         r"1 of another kind of number \(norm\.bias int32\)"),
+        (lambda: dict(build().state_dict(), **{"head.weight": torch.zeros(10**9, 0)}), "another shape"),
+        (lambda: dict(build().state_dict(), **{"head.weight": torch.tensor(3.0)}), "another shape"),
+    ],
+    ids=["nan", "infinite", "integers", "endless head", "scalar head"],
+)  # fmt: skip
+def test_weights_that_cannot_be_meant(tmp_path, state, said):
+    save_file(state(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=rf"w\.safetensors: .*({said})") as error:
+        build_backbone(NAME, {**TINY, "num_classes": 5}, tmp_path / "w.safetensors")
+    one_line(error)
+
+
+def test_the_architecture_behind_a_local_folder(tmp_path):
+    """An export names timm's architecture, never a place that a reader would have to ask."""
+    args = {key: value for key, value in TINY.items() if key != "img_size"}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME, "pretrained_cfg": {}, "model_args": args}))
+    name, kwargs = architecture(f"local-dir:{tmp_path}", {"img_size": 32})
+    assert (name, kwargs) == (NAME, {**args, "img_size": 32})
+    assert architecture(NAME, {"depth": 2}) == (NAME, {"depth": 2})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -223,7 +343,7 @@ def test_an_unreachable_hub_is_said_at_once():
     script = textwrap.dedent(f"""
         import time
         from huggingface_hub import constants
-        from models import build_backbone
+        from models import architecture, build_backbone
         start = time.monotonic()
         try:
             build_backbone("{NAME}", {TINY})

@@ -53,7 +53,8 @@ def test_round_trip_to_the_bit(tmp_path, keep):
     assert not loaded.training
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), vit(x))
-    assert read_config(tmp_path / "a" / "export") == {"format": 1, **config(vit)}
+    written = read_config(tmp_path / "a" / "export")
+    assert len(written.pop("digest")) == 64 and written == {"format": 1, **config(vit)}
     assert {path.name for path in (tmp_path / "a" / "export").iterdir()} == {"model.safetensors", "config.json"}
 
 
@@ -128,6 +129,19 @@ def drop(folder):
     save_file(state, folder / "model.safetensors")
 
 
+def flip(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2000] ^= 1
+    path.write_bytes(content)
+
+
+def diverged(folder):
+    state = load_file(folder / "model.safetensors")
+    state["blocks.1.mlp.fc1.weight"][3, 3] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
 LINEAR = {"feature_map": "elu1", "linear_blocks": [0, 1, 2]}
 
 
@@ -141,13 +155,34 @@ LINEAR = {"feature_map": "elu1", "linear_blocks": [0, 1, 2]}
         (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: damaged"),
         (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json: damaged"),
         (edit(format=99), "format 99, this version reads 1"),
-        (edit(backbone={"name": NAME}), r"config\.json: no model .*kwargs"),
+        (edit(backbone={"name": NAME}), r"config\.json: damaged, its backbone\.kwargs is missing"),
         (edit(backbone={"name": "nonsense", "kwargs": {}}), r"config\.json: no model .*nonsense"),
         (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "depht": 1}}), r"config\.json: no model .*depht"),
         (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "img_size": 64}}), r"1 of another shape \(pos_embed"),
         (edit(attention={**LINEAR, "feature_map": "nonsense"}), "feature_map 'nonsense'"),
         (edit(attention={**LINEAR, "linear_blocks": [0, 7]}), r"config\.json: .*\[7\]"),
-        (edit(attention={}), r"config\.json: no model .*linear_blocks"),
+        (edit(attention={"feature_map": "elu1"}), r"config\.json: damaged, its attention\.linear_blocks is missing"),
+        (edit(backbone=[NAME]), r"config\.json: damaged, its backbone\.name is missing"),
+        (edit(backbone={"name": 7, "kwargs": {}}), r"config\.json: damaged, its backbone\.name is 7"),
+        (edit(attention={**LINEAR, "linear_blocks": "0, 1"}), r"its attention\.linear_blocks is '0, 1'"),
+        (edit(attention={**LINEAR, "linear_blocks": [{}]}), r"config\.json: no model .*unhashable"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: damaged"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), r"config\.json: damaged"),
+        # Nothing is fetched, read or made large because a config says so.
+        (edit(backbone={"name": "hf-hub:timm/vit_tiny_patch16_224", "kwargs": {}}), "no architecture of timm"),
+        (edit(backbone={"name": "local-dir:/etc", "kwargs": {}}), "no architecture of timm"),
+        (edit(backbone={"name": "../../" + NAME, "kwargs": {}}), "no architecture of timm"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "checkpoint_path": "/etc"}}), "kwargs: checkpoint_path"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "pretrained": True}}), "kwargs: pretrained True"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "pretrained_cfg": {"url": "x"}}}), "kwargs: pretrained_cfg"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "depth": 10**9}}), "kwargs: depth 1000000000"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "embed_dim": 3 * 10**8}}), "of another shape"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "img_size": 10**6}}), r"of another shape \(pos_embed"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "num_heads": 0}}), r"config\.json: no model .*Zero"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "mlp_ratio": 1e400}}), "kwargs: mlp_ratio inf"),
+        (edit(lineage={"stages": ["1"]}), "is not as it was written; make the export again"),
+        (flip, "is not as it was written; make the export again"),
+        (diverged, r"model\.safetensors: blocks\.1\.mlp\.fc1\.weight is not finite"),
     ],
 )  # fmt: skip
 def test_damaged_exports(tmp_path, damage, said):
