@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader import OrderOption
+from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.transforms import ToTensor
 from ffcv.traversal_order.quasi_random import generate_order_inner
 
@@ -174,9 +175,12 @@ def work(
             loader.memory_manager.context.mmap._mmap.madvise(mmap.MADV_RANDOM)
     for number in itertools.count():
         before, images, since = bytes_read(), 0, time.perf_counter()
-        epoch = loader.epoch(number) if kind == "windowed" else iter(loader)
+        if kind == "windowed":  # as its own `epoch` does, without normalising, which FFCV is not asked for either
+            epoch = EpochIterator(loader._ffcv, loader._share(number, 0)[0].astype(np.uint64))
+        else:
+            epoch = iter(loader)
         for values in epoch:
-            images += len(values["index"] if kind == "windowed" else values[0])
+            images += len(values[0])
             if number == 0 or time.perf_counter() - since > seconds:  # the first compiles
                 break
         elapsed, read = time.perf_counter() - since, bytes_read() - before

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
@@ -78,24 +79,28 @@ class ReadAhead(OSCacheContext):
         return self
 
     def start_batch(self, batch: int) -> None:
-        """Waits for the batch's runs, has the next ones read, and drops those that only earlier batches needed.
+        """Waits for the batch's runs, has the next ones read meanwhile, and drops those that only earlier ones needed.
 
         Raises:
             OSError: a run could not be read.
         """
-        with self._lock:
-            if self._ended:
-                return
-            while self._to_read and (self._to_read[0][0] <= batch or len(self._reads) < self._ahead):
-                first, run = self._to_read.popleft()
-                self._reads.append((first, self._pool.submit(self._read, run)))
+        self._submit(lambda first: first <= batch)
         while self._reads and self._reads[0][0] <= batch:
             try:
                 self._reads.popleft()[1].result()
             except CancelledError:  # the epoch was ended meanwhile
                 return
-        while self._to_drop and self._to_drop[0][0] < batch:
-            self._drop(self._to_drop.popleft()[1])
+        with self._lock:
+            while not self._ended and self._to_drop and self._to_drop[0][0] < batch:
+                self._drop(self._to_drop.popleft()[1])
+        self._submit(lambda _: len(self._reads) < self._ahead)  # while the batch is decoded
+
+    def _submit(self, wanted: Callable[[int], bool]) -> None:
+        """Has the next runs read, as long as `wanted`, given the first batch that needs a run, says so."""
+        with self._lock:
+            while not self._ended and self._to_read and wanted(self._to_read[0][0]):
+                first, run = self._to_read.popleft()
+                self._reads.append((first, self._pool.submit(self._read, run)))
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
