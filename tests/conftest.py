@@ -136,7 +136,7 @@ def run_trainer(
 def curve(folder: Path, *splits: str) -> list[dict]:
     """A stage's metrics lines of `splits` (default: all), without what measures time."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timing = {"images_per_second", "data_wait"}
+    timing = {"images_per_second", "data_wait", "save_wait"}
     return [
         {k: v for k, v in line.items() if k not in timing} for line in lines if line["split"] in splits or not splits
     ]

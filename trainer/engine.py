@@ -4,10 +4,8 @@ import difflib
 import json
 import logging
 import os
-import signal
 import socket
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +72,24 @@ def join(me: World) -> None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", me.size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed()
+    # Its collective on CPUs leaves a buffer of 66 MiB a rank in /dev/shm for ever. Once all ranks have mapped them
+    # their names can go: the memory then lives as long as the processes, however they end.
+    deepspeed.comm.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    buffer = Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
+    buffer.unlink(missing_ok=True)
 
 
-def let_rank_0_speak(me: World) -> None:
-    """Called by a rank that failed. Where rank 0 has failed too, the launcher ends this one: one line is heard."""
-    if me.rank != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop's flag would be heeded by no one
-        time.sleep(15)
+def leave() -> None:
+    """Wait for all ranks before the process ends: the launcher kills the others once one has ended with a status."""
+    deepspeed.comm.barrier()
+
+
+def end(status: int) -> None:
+    """End the process. All is written: to take the interpreter apart takes seconds, in which signals count again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def accumulation(settings: Settings, size: int) -> int:

@@ -1,7 +1,5 @@
 """THE training loop, over a DeepSpeed engine. It knows no stage: a stage gives losses and judges itself."""
 
-import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,29 +9,11 @@ import torch
 from deepspeed import comm as dist
 from timm.scheduler.scheduler import Scheduler
 
+from trainer.checkpoint import Checkpoints
 from trainer.config import Train, UserError
 from trainer.engine import DeepSpeedEngine
+from trainer.signals import STOPPED, StopFlag, Stopped, on_any_rank
 from trainer.tracking import Tracker
-
-STOPPED = 75  # EX_TEMPFAIL: a signal came, everything is saved, run the same command again
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1 on this rank; the ranks agree on it once a step."""
-
-    def __init__(self) -> None:
-        self.set = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        self.set = True
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; a collective."""
-        flag = torch.tensor(float(self.set), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 def train(
@@ -44,6 +24,8 @@ def train(
     step: int,
     steps: int,
     tracker: Tracker,
+    stop: StopFlag,
+    checkpoints: Checkpoints,
     save: Callable[[int], None],
     evaluate: Callable[[int], None],
 ) -> int:
@@ -53,61 +35,111 @@ def train(
         engine: a DeepSpeed engine whose module returns {"loss": scalar, **parts} for a batch.
         loader: gives `steps_per_epoch`, `accumulate` and `epoch(epoch, start)`.
         schedule: sets the learning rate as a pure function of the step.
-        save: publishes a checkpoint of the step; all ranks call it.
+        stop: heeded before each step; then, or when `evaluate` raises Stopped, the run saves and ends.
+        checkpoints: where `save` leaves a checkpoint, to be published at the first step boundary after all ranks wrote.
+        save: begins a checkpoint of the step; all ranks call it.
         evaluate: judges and logs at the step; all ranks call it.
 
     Raises:
         UserError: `max_skipped` steps in a row had a non-finite loss or gradient; or damaged data.
     """
-    stop, clock, skipped = StopFlag(), Clock(step), 0
+    clock, skipped, saved = Clock(step), [], step
     batches = clock.waiting_for(batches_from(loader, step))
-    while step < steps:
-        schedule.step_update(step)
-        seed_step(settings.seed, step)
-        losses: dict[str, torch.Tensor] = {}
-        for _ in range(loader.accumulate):
-            batch = next(batches)
-            out = engine(batch)
-            engine.backward(out["loss"])
-            for key, value in out.items():
-                losses[key] = losses.get(key, 0) + value.detach().float() / loader.accumulate
-            # With the last micro-batch the ranks update together, or none does if a gradient on any is not finite.
-            engine.step()
-        step += 1
-        tracker.advance()
-        skipped = 0 if engine.was_step_applied() else skipped + 1
-        if skipped >= settings.max_skipped:
-            what = f"{skipped} steps in a row had a non-finite loss or gradient on some rank"
-            here = f"rank {dist.get_rank()}'s loss is {losses['loss'].item():.4g}"
-            raise UserError(f"step {step}: {what}; {here}; use a lower train.lr, or train.bf16 false, in another --run")
-        if step % settings.log_every == 0 or step == steps:
-            means = torch.stack(list(losses.values()))
-            dist.all_reduce(means)
-            means = dict(zip(losses, map(finite, (means / dist.get_world_size()).tolist()), strict=True))
-            lr, norm = max(group["lr"] for group in engine.optimizer.param_groups), engine.get_global_grad_norm()
-            line = {"step": step, "epoch": step / loader.steps_per_epoch, "split": "train"} | means
-            tracker.log(line | {"lr": lr, "grad_norm": finite(norm)} | clock.rates(step, settings.batch_size))
-        if step == steps or (settings.eval_every and step % settings.eval_every == 0):
-            evaluate(step)
+    try:
+        if due(settings, step, steps) and not on_any_rank(tracker.judged(step), engine.device):
+            evaluate(step)  # at the start, or where a stop came first
             clock.restart(step)
-        stopping = stop.agreed(engine.device)
-        if stopping or step == steps or step % settings.save_every == 0:
+        while step < steps:
+            stop.heed(engine.device)
+            schedule.step_update(step)
+            seed_step(settings.seed, step)
+            losses: dict[str, torch.Tensor] = {}
+            parts = []
+            for _ in range(loader.accumulate):
+                batch = next(batches)
+                out = engine(batch)
+                engine.backward(out["loss"])
+                for key, value in out.items():
+                    losses[key] = losses.get(key, 0) + value.detach().float() / loader.accumulate
+                parts.append((out["loss"].detach(), batch["index"]))
+                # With the last micro-batch the ranks update together, or none does if any's gradient is not finite.
+                engine.step()
+            step += 1
+            tracker.advance()
+            skipped = [] if engine.was_step_applied() else [*skipped, (step, parts)]
+            if len(skipped) >= settings.max_skipped:
+                last = step - len(skipped)  # nothing has changed since
+                if last > saved:
+                    save(last)
+                checkpoints.publish()
+                raise UserError(blame(skipped, last))
+            if step % settings.log_every == 0 or step == steps:
+                means = torch.stack(list(losses.values()))
+                dist.all_reduce(means)
+                means = dict(zip(losses, (means / dist.get_world_size()).tolist(), strict=True))
+                lr, norm = max(group["lr"] for group in engine.optimizer.param_groups), engine.get_global_grad_norm()
+                line = {"step": step, "epoch": step / loader.steps_per_epoch, "split": "train"} | means
+                tracker.log(line | {"lr": lr, "grad_norm": norm} | clock.rates(step, settings.batch_size))
+            if due(settings, step, steps):
+                evaluate(step)
+                clock.restart(step)
+            if checkpoints.pending and not on_any_rank(checkpoints.writing, engine.device):
+                clock.standing_still(checkpoints.publish)
+            # Not while steps are being skipped: the newest checkpoint stays from before.
+            if step == steps or (not skipped and step // settings.save_every > saved // settings.save_every):
+                clock.standing_still(save, step)
+                saved = step
+        checkpoints.publish()
+    except Stopped:
+        if step > saved:
             save(step)
-        if stopping and step < steps:
-            tracker.say(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
-            return STOPPED
+        checkpoints.publish()
+        tracker.say(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
+        return STOPPED
     return 0
 
 
+def due(settings: Train, step: int, steps: int) -> bool:
+    """Whether the student is to be judged at `step`."""
+    if step == 0:
+        return settings.eval_first
+    return step == steps or (settings.eval_every > 0 and step % settings.eval_every == 0)
+
+
+def blame(skipped: list[tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]], last: int) -> str:
+    """Where losses or gradients were not finite: ranks, steps, and samples of the micro-batches; a collective.
+
+    Args:
+        skipped: (step, this rank's (loss, sample indices [B]) a micro-batch).
+        last: the step that was applied last.
+    """
+    rank, room, words = dist.get_rank(), 128, []  # indices named, at most
+    mine = [(step, rank, bool(loss.isfinite()), index.tolist()) for step, parts in skipped for loss, index in parts]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found = sorted(part for theirs in everyone for part in theirs)
+    bad = [part for part in found if not part[2]]
+    for step, rank, _, index in bad or found:
+        if room > 0:
+            words.append(f"step {step}, rank {rank}, samples {' '.join(map(str, index[:room]))}")
+            room -= len(index)
+    where = "; ".join([*words, "and more"] if room < 0 else words)
+    what = (
+        f"{len(skipped)} steps in a row had a non-finite {'loss' if bad else 'gradient, though every loss was finite'}"
+    )
+    how = f"step {last} is kept, from before; mend these samples, or use a lower train.lr in another --run"
+    return f"{what}: {where}; {how}"
+
+
 class Clock:
-    """Images a second, and the share of time spent waiting for data, since the last reading."""
+    """Images a second, and the shares of time spent waiting for data and for checkpoints, since the last reading."""
 
     def __init__(self, step: int) -> None:
         self.restart(step)
 
     def restart(self, step: int) -> None:
         """Begin a new reading at `step`."""
-        self.step, self.waited, self.since = step, 0.0, time.perf_counter()
+        self.step, self.waited, self.stood, self.since = step, 0.0, 0.0, time.perf_counter()
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, the time that each took noted."""
@@ -117,11 +149,17 @@ class Clock:
             self.waited += time.perf_counter() - began
             yield batch
 
+    def standing_still(self, work: Callable[..., None], *args: Any) -> None:
+        """Do what training waits for."""
+        began = time.perf_counter()
+        work(*args)
+        self.stood += time.perf_counter() - began
+
     def rates(self, step: int, batch_size: int) -> dict[str, float]:
         """Ends the reading at `step`, and begins the next."""
         elapsed = time.perf_counter() - self.since
         speed = (step - self.step) * batch_size / elapsed
-        values = {"images_per_second": speed, "data_wait": self.waited / elapsed}
+        values = {"images_per_second": speed, "data_wait": self.waited / elapsed, "save_wait": self.stood / elapsed}
         self.restart(step)
         return values
 
@@ -144,8 +182,3 @@ def seed_step(seed: int, step: int) -> None:
     accumulation, unlike views, mixing and stage 3's drop path, which are keyed by sample.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1)[0]))
-
-
-def finite(value: float | torch.Tensor | None) -> float | None:
-    """A float that JSON can hold, or None."""
-    return None if value is None or not math.isfinite(value) else float(value)

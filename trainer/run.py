@@ -15,33 +15,36 @@ from trainer.dry_run import describe
 from trainer.folder import StageFolder
 from trainer.loop import train
 from trainer.optim import build_optimizer, build_schedule
+from trainer.signals import StopFlag
 from trainer.tracking import Tracker
+from trainer.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one line on stderr), 75 stopped by a signal with everything saved."""
+    """Exit status: 0 done, 1 a rank died, 2 a user's mistake (one line on stderr), 75 stopped by a signal and saved."""
     me = ds.world()
-    try:
-        settings = parse(argv)
-        config = ds.deepspeed_config(settings, me.size)
-        folder = StageFolder(settings)
-        folder.check(settings)
-        job = build(settings, me, folder.run)
-        if settings.dry_run or folder.complete:
-            if me.rank == 0:
-                complete = f"stage {settings.stage} is complete: {folder.export}"
-                print(describe(settings, job, config, me) if settings.dry_run else complete, flush=True)
-            return 0
-        folder.claim(settings, me.rank)
-    except (UserError, ValueError, OSError) as error:
-        return fail(error, me)
-    try:
-        return run(settings, config, folder, job, me)
-    except (UserError, DamagedError, OSError) as error:
-        return fail(error, me)
+    with StopFlag() as stop, Watchdog(me.rank, me.size) as watchdog:
+        try:
+            settings = parse(argv)
+            config = ds.deepspeed_config(settings, me.size)
+            folder = StageFolder(settings)
+            folder.check(settings)
+            job = build(settings, me, folder.run)
+            if settings.dry_run or folder.complete:
+                if me.rank == 0:
+                    complete = f"stage {settings.stage} is complete: {folder.export}"
+                    print(describe(settings, job, config, me) if settings.dry_run else complete, flush=True)
+                return 0
+            folder.claim(settings, me.rank)
+        except (UserError, ValueError, OSError) as error:
+            return watchdog.fail(error)
+        try:
+            return run(settings, config, folder, job, me, stop)
+        except (UserError, DamagedError, OSError) as error:
+            return watchdog.fail(error)
 
 
-def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.World) -> int:
+def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.World, stop: StopFlag) -> int:
     """Train, judge and hand on one stage."""
     ds.join(me)
     checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
@@ -68,7 +71,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
 
     def evaluate(at: int) -> None:
         if val_data is not None:
-            values = job.stage.evaluate(engine, val_data)
+            values = job.stage.evaluate(engine, stop.heeding(val_data.epoch(), me.device))
             scores[at] = job.stage.score(values)
             tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values})
 
@@ -76,11 +79,10 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
         state = {"step": at, "samples": at * settings.train.batch_size, "settings": as_dict(settings)}
         state |= {"lineage": job.export["lineage"], "reading": order, "score": scores.get(at)}
         checkpoints.begin(engine, state)
-        checkpoints.publish()
 
-    if step == 0 and settings.train.eval_first:
-        evaluate(0)
-    status = train(engine, train_data, schedule, settings.train, step, job.steps, tracker, save, evaluate)
+    status = train(
+        engine, train_data, schedule, settings.train, step, job.steps, tracker, stop, checkpoints, save, evaluate
+    )
     if status == 0:
         state = job.stage.export(engine)
         if me.rank == 0:
@@ -88,16 +90,9 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
             tracker.say(f"stage {settings.stage} is done: {folder.export}")
     train_data.close()
     tracker.close()
+    ds.leave()
     return status
 
 
-def fail(error: Exception, me: ds.World) -> int:
-    """One line, from rank 0 where all ranks fail alike."""
-    ds.let_rank_0_speak(me)
-    where = f" (rank {me.rank})" if me.rank else ""
-    print(f"error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    ds.end(main())

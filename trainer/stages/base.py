@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from deepspeed import comm as dist
@@ -107,16 +107,21 @@ class Stage(nn.Module):
                 values["teacher_top1"] = (see.teacher["logits"].argmax(-1) == batch["label"]) * 100.0
         return values
 
-    def evaluate(self, engine: DeepSpeedEngine, loader) -> dict[str, float]:
-        """Means over all images of `loader`, each counted once over all ranks."""
+    def evaluate(self, engine: DeepSpeedEngine, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means over all images of an epoch of an evaluation loader, each counted once over all ranks.
+
+        What `batches` raises, on all ranks together, leaves the engine ready to go on.
+        """
         sums: dict[str, Tensor] = {}
         engine.eval()
-        with torch.no_grad(), self.averaged_weights(engine):
-            for batch in loader.epoch():
-                out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
-                for key, value in out.items():
-                    sums[key] = sums.get(key, 0) + (value.double() * batch["valid"]).sum()
-        engine.train()
+        try:
+            with torch.no_grad(), self.averaged_weights(engine):
+                for batch in batches:
+                    out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
+                    for key, value in out.items():
+                        sums[key] = sums.get(key, 0) + (value.double() * batch["valid"]).sum()
+        finally:
+            engine.train()
         total = torch.stack(list(sums.values()))
         dist.all_reduce(total)
         values = dict(zip(sums, total.tolist(), strict=True))

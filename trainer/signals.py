@@ -1,0 +1,86 @@
+"""Stopping on a signal: it sets a flag on the rank that it reaches, and the ranks heed it together."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from deepspeed import comm as dist
+
+STOPPED = 75  # EX_TEMPFAIL: a signal came, everything is saved, run the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """Some rank was asked to stop; raised on all ranks at the same point."""
+
+
+class StopFlag:
+    """Within its context SIGTERM, SIGINT and SIGUSR1 only set a flag, however many come. So does the launcher's end.
+
+    The `deepspeed` command dies of a signal sent to it alone and leaves its ranks behind: they save and end too.
+    """
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        launchers = _launchers()
+        if launchers:
+            threading.Thread(target=self._watch, args=(launchers,), name="launcher", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.set = True
+
+    def _watch(self, launchers: list[psutil.Process]) -> None:
+        while all(map(_lives, launchers)):
+            time.sleep(1)
+        self.set = True
+
+    def heed(self, device: torch.device) -> None:
+        """Raises Stopped on all ranks when any was asked to stop; a collective."""
+        if on_any_rank(self.set, device):
+            raise Stopped
+
+    def heeding(self, batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+        """The same batches, as many on all ranks; before each one a stop is heeded."""
+        for batch in batches:
+            self.heed(device)
+            yield batch
+
+
+def on_any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether it holds on any rank; a collective."""
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _launchers() -> list[psutil.Process]:
+    """DeepSpeed's launcher on this machine and, above it, the command that was typed; none without them."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents()[:2]:
+            command = process.cmdline()
+            if "deepspeed.launcher.launch" in command or any(Path(word).name == "deepspeed" for word in command[:2]):
+                found.append(process)
+    return found
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
