@@ -139,6 +139,7 @@ def test_dry_run_says_what_would_run_and_makes_nothing(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["--config", str(small / "recipe.yaml"), "--run", str(tmp_path / "run"), "--dry_run"]
+    arguments += ["--stage3.mixup", "0.8", "--stage3.cutmix", "1", "--stage3.drop_path", "0.1"]
     sizes = {name: value.numel() for name, value in load_file(small / "teacher.safetensors").items()}
     qkv, head = (sum(n for name, n in sizes.items() if part in name) for part in (".attn.qkv.", "head."))
     for stage, trainable in ((1, qkv), (2, sum(sizes.values()) - head), (3, sum(sizes.values()))):

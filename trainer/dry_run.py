@@ -59,6 +59,7 @@ def measure(settings: Settings, job: Job) -> tuple[float, float]:
     batch = {
         "image": torch.empty(images, 3, size, size, dtype=dtype, device="meta"),
         "label": torch.empty(images, dtype=torch.long, device="meta"),
+        "key": torch.empty(images, dtype=torch.long, device="meta"),
     }
     kept: dict[int, int] = {}
     own = {p.untyped_storage()._cdata for p in stage.parameters()}
