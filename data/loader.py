@@ -229,6 +229,7 @@ class Loader:
         running, self._running = self._running, None
         if running is None:
             return
+        running.iter_ixes = iter(())  # FFCV's thread looks for its end only when the queue is full
         running.close()
         # A thread that waits to put a batch (or its end mark, for which FFCV has no way out) needs room in the queue.
         while running.is_alive():

@@ -195,6 +195,15 @@ def test_leaving_early_leaves_no_threads_or_files(train, reference):
     assert threading.active_count() == before[0]
 
 
+def test_leaving_early_decodes_no_further(train):
+    batches, decoded = train.epoch(1), []
+    next(batches)
+    decode = train._running.run_pipeline
+    train._running.run_pipeline = lambda *batch: decoded.append(batch) or decode(*batch)
+    batches.close()
+    assert len(decoded) < 10 < train.steps_per_epoch - 10
+
+
 def test_a_file_that_shrinks_is_an_error(beton, tmp_path):
     path = tmp_path / "copy.beton"
     path.write_bytes(beton.read_bytes())
