@@ -69,6 +69,7 @@ def bad(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fp16_bare": {"zero_optimization": zero, "fp16": True},
         "optimizer": {"zero_optimization": zero, "optimizer": {"type": "Adam"}},
         "top_key": {"zero_optimization": zero, "gradient_cliping": 1.0},
+        "fp32_sums": {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}},
         "zero_key": {"zero_optimization": {"stage": 1, "overlap_com": True}},
         "zero_value": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
         "zero_type": {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
@@ -213,6 +214,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "zero_fp16_bare": (("--deepspeed", "{bad}/fp16_bare.json"), ("fp16 True", "section")),
     "zero_optimizer": (("--deepspeed", "{bad}/optimizer.json"), ("optimizer", "train settings")),
     "zero_top_key": (("--deepspeed", "{bad}/top_key.json"), ("gradient_cliping", "gradient_clipping")),
+    "zero_1_fp32_sums": (
+        ("--train.bf16", "true", "--deepspeed", "{bad}/fp32_sums.json"), ("grad_accum_dtype", "stage 2 or 3")),
     "zero_key": (("--deepspeed", "{bad}/zero_key.json"), ("zero_key.json", "zero_optimization.overlap_com")),
     "zero_value": (("--deepspeed", "{bad}/zero_value.json"), ("zero_optimization.offload_optimizer.device", "'cpu'")),
     "zero_type": (("--deepspeed", "{bad}/zero_type.json"), ("zero_optimization.offload_optimizer",)),

@@ -56,7 +56,7 @@ def test_nothing_is_left_in_shared_memory(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_stop_in_evaluation_loses_nothing(small: Path, tmp_path: Path) -> None:
-    write(Blobs(600, 1), tmp_path / "val.beton", raw_share=1.0, progress=False)
+    write(Blobs(240, 1), tmp_path / "val.beton", raw_share=1.0, progress=False)
     options = ("--data.val", str(tmp_path / "val.beton"), "--train.micro_batch_size", "2", "--train.eval_every", "3",
                "--train.eval_first", "false")  # fmt: skip
     undisturbed = start(small, tmp_path, *options, run="undisturbed")

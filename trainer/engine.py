@@ -137,6 +137,11 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
             raise UserError(
                 f"--deepspeed {path}: {section} is not taken from there; remove it and use the train settings"
             )
+    types = config.get("data_types") or {}
+    fp32_sums = isinstance(types, dict) and types.get("grad_accum_dtype") not in (None, "bf16", "bfloat16")
+    if fp32_sums and settings.train.bf16 and config["zero_optimization"]["stage"] == 1:
+        what = "DeepSpeed keeps such state in an optimizer of its own, which cannot be saved here"
+        raise UserError(f"--deepspeed {path}: data_types {types} in ZeRO 1: {what}; remove it, or use stage 2 or 3")
     accumulate = accumulation(settings, size)
     ours = {
         "train_batch_size": (settings.train.batch_size, "train.batch_size"),

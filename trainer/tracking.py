@@ -143,7 +143,7 @@ class _Wandb:
         self._lines.put(None)
         self._thread.join(FINISH)
         if self._thread.is_alive():
-            _warn(f"has not finished after {FINISH:.0f} s; `wandb sync` sends the rest")
+            _warn(f"has not finished after {FINISH:.0f} s; `wandb sync` sends what is in its folder")
 
     def _run(self, folder: Path, settings: Settings) -> None:
         try:
