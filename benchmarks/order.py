@@ -73,6 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder, control_groups():
         path = Path(folder) / "pictures.beton"
         write(Pictures(options.images), path, raw_share=0, workers=2, progress=False)
+        drop_cache(path)  # what is cached from now on counts against the group
         started = {}
         try:
             start(started, path, options.window, options.seconds)
@@ -137,11 +138,16 @@ def reading(path: Path, started: dict[str, list[subprocess.Popen]], options: arg
 def limit_cache(path: Path, share: float, running: int) -> None:
     """Empties the cache, and lets the group have what its processes take, and `share` of the file for caching."""
     (MEMORY / "memory.limit_in_bytes").write_text("-1")
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_cache(path)
     (MEMORY / "memory.force_empty").write_text("0")
     usage = int((MEMORY / "memory.usage_in_bytes").read_text())
     (MEMORY / "memory.limit_in_bytes").write_text(str(usage + running * SLACK + int(share * path.stat().st_size)))
+
+
+def drop_cache(path: Path) -> None:
+    """Takes a file out of the page cache, but for what a process maps."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def answer(process: subprocess.Popen) -> str:
