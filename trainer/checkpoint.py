@@ -7,6 +7,7 @@ and ZeRO stage, and nothing is unpickled. Frozen weights are in none: they come 
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -131,7 +132,7 @@ class Checkpoints:
         scores = {}
         for step in self.steps():
             manifest = _read_manifest(self.path(step))
-            if manifest is not None and manifest.get("score") is not None:
+            if manifest is not None and manifest.get("score") is not None and math.isfinite(manifest["score"]):
                 scores[step] = manifest["score"]
         return max(scores, key=scores.get) if scores else None
 
