@@ -17,7 +17,7 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 
-from data.checksum import checksum
+from data.checksum import checksum_at
 
 Pair = tuple[float, float]
 
@@ -157,18 +157,18 @@ class _ViewDecoder(SimpleRGBImageDecoder):
         address, rows, columns = self.state.ctypes.data, self.output_size[0], self.output_size[1]
         jpg, mem_read, my_range, view = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator(), self.view()
         imdecode_c, resize_crop_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        wanted = np.zeros(0, np.uint64) if self.checksums is None else self.checksums
-        wanted_address, verified = wanted.ctypes.data, len(wanted)
+        known = np.zeros(0, np.uint64) if self.checksums is None else self.checksums
+        known_address, count = known.ctypes.data, len(known)
 
         def decode(batch_indices, destination, metadata, storage_state):
             state = numba.carray(address_as_void_pointer(address), 3, dtype=np.int64)
-            wanted = numba.carray(address_as_void_pointer(wanted_address), verified, dtype=np.uint64)
+            checksums = numba.carray(address_as_void_pointer(known_address), count, dtype=np.uint64)
             seed, epoch = state[0], state[1]
             for slot in my_range(len(batch_indices)):
                 index = batch_indices[slot]
                 field = metadata[index]
                 stored = mem_read(field["data_ptr"], storage_state)
-                if verified and checksum(stored) != wanted[index]:
+                if count > 0 and checksum_at(stored.ctypes.data, stored.size) != checksums[index]:
                     state[2] = np.int64(index) + 1
                     continue  # a decoder is not to be trusted with it
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])

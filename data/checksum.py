@@ -49,11 +49,19 @@ def _merge(total, lane):
     return (total ^ _round(np.uint64(0), lane)) * _1 + _4
 
 
+def checksum(data: np.ndarray) -> int:
+    """XXH64 of a contiguous uint8 array."""
+    return checksum_at(data.ctypes.data, data.size)
+
+
 @numba.njit(nogil=True)
-def checksum(data):
-    """XXH64 of a contiguous uint8 array: uint64. Callable from other compiled code, in many threads at once."""
-    at, size = np.intp(data.ctypes.data), np.intp(data.size)
-    end = at + size
+def checksum_at(address, size):
+    """XXH64 of `size` bytes at an address: uint64. Callable from other compiled code, in many threads at once.
+
+    It takes no array: FFCV makes numba's own type of byte arrays read-only in place, so that what was compiled for that
+    type before is not found again, and numba's table of it is corrupted.
+    """
+    at, end = np.intp(address), np.intp(address) + np.intp(size)
     if size >= 32:
         a, b, c, d = _1 + _2, _2, np.uint64(0), np.uint64(0) - _1
         while end - at >= 32:
