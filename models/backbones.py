@@ -206,10 +206,10 @@ def check_image_size(model: nn.Module, image_size: int | tuple[int, int] | None)
         raise ValueError(f"data.image_size {image_size}: not a multiple of the patch size {patch_size[0]}")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights and buffers of `model`."""
+def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights and buffers of a model, or of a state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted((model.state_dict() if isinstance(model, nn.Module) else model).items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

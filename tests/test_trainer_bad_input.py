@@ -97,7 +97,7 @@ def bad(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, **ARCHITECTURE)
     teacher.load_state_dict(models.read_weights(small / "teacher.safetensors"))
     built, attention = {"name": "vit_tiny_patch16_224"}, {"feature_map": "elu1", "linear_blocks": [0, 1]}
-    source = built | {"kwargs": ARCHITECTURE, "sha256": models.fingerprint(teacher.blocks)}
+    source = built | {"kwargs": ARCHITECTURE, "sha256": models.fingerprint(teacher)}
     lineage = {"teacher": source, **attention, "stages": ["1"], "data": []}
     backbone = built | {"kwargs": ARCHITECTURE | {"img_size": 32}}
     config = {"backbone": backbone, "attention": attention, "input": {}, "lineage": lineage}
@@ -284,6 +284,7 @@ def test_run_folder_of_other_settings(small: Path, tmp_path: Path, capsys) -> No
     settings = parse(argv)
     StageFolder(settings).claim(settings, rank=0)
     (tmp_path / "run" / "stage2" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "run" / "stage2" / "checkpoints" / "step-00000001").mkdir(parents=True)
     before = contents(tmp_path)
     for option, value, was, now in (
         ("--train.lr", "0.5", "train.lr was 0.001", "is now 0.5"),
@@ -297,7 +298,7 @@ def test_run_folder_of_other_settings(small: Path, tmp_path: Path, capsys) -> No
     for content in (b"a: [", b"\xff\xfe\x00", b"text"):
         kept.write_bytes(content)
         assert "damaged" in one_line(capsys, argv)
-        assert kept.read_bytes() == damage
+        assert kept.read_bytes() == content
 
 
 def test_hub_unreachable(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 
 import data
 import models
-from trainer.config import Settings, UserError
+from trainer.config import Settings, Teacher, UserError
 from trainer.engine import World, accumulation
 from trainer.stages import STAGES, Stage
 
@@ -125,7 +125,7 @@ def _student(
     keep = range(len(teacher.blocks)) if softmax else wanted.keep_softmax
     student = models.linearize(teacher, wanted.feature_map, keep)
     lineage = {
-        "teacher": {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": models.fingerprint(teacher.blocks)},
+        "teacher": {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": _hash(chosen, teacher)},
         "feature_map": wanted.feature_map,
         "linear_blocks": models.linear_blocks(student),
         "stages": [],
@@ -143,6 +143,20 @@ def _student(
     theirs = _lineage(parent, lineage)
     start = f"{parent} (after stage {' and '.join(theirs['stages'])})"
     return models.load(parent, image_size), start, theirs
+
+
+def check_unchanged(settings: Settings, job: Job, kept: dict[str, Any], step: int) -> None:
+    """Raises UserError when the teacher's weights or the images are not those that a checkpoint's lineage names."""
+    before, now = ((of["teacher"]["sha256"], of["data"][-1]["sha256"]) for of in (kept, job.export["lineage"]))
+    teacher = f"teacher.weights {settings.teacher.weights or settings.teacher.name}"
+    for name, was, is_now in zip((teacher, f"data.train {job.train.path}"), before, now, strict=True):
+        if was != is_now and None not in (was, is_now):
+            raise UserError(f"{name}: is not what this run had up to step {step}; put it back, or use another --run")
+
+
+def _hash(chosen: Teacher, teacher: VisionTransformer) -> str:
+    """Of a local file, all its tensors; else of the blocks, which change with no image size and no head."""
+    return models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
 
 
 def _lineage(parent: Path, ours: dict[str, Any]) -> dict[str, Any]:

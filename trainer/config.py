@@ -273,7 +273,7 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
     """A recipe's settings for `stage`. Raises UserError when the file is not a mapping in YAML."""
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: must be a mapping of settings")

@@ -117,7 +117,7 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
         raise UserError(
             f"--deepspeed {path}: cannot be read ({error.strerror}); ds_configs/ has some to choose from"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed {path}: not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise UserError(f"--deepspeed {path}: has no section zero_optimization")

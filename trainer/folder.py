@@ -33,7 +33,7 @@ class StageFolder:
         try:
             before = yaml.safe_load(kept.read_text())
             assert isinstance(before, dict)
-        except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError, AssertionError) as error:
             raise UserError(f"{kept}: damaged; remove {self.path} to start again") from error
         difference = first_difference(before, json.loads(json.dumps(as_dict(settings))))
         if difference:

@@ -8,7 +8,7 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data import DamagedError
 from trainer import engine as ds
-from trainer.build import Job, build, loaders, reading
+from trainer.build import Job, build, check_unchanged, loaders, reading
 from trainer.checkpoint import Checkpoints
 from trainer.config import Settings, UserError, as_dict, parse
 from trainer.dry_run import describe
@@ -49,6 +49,8 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     ds.join(me)
     checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
     found = checkpoints.newest()
+    if found:
+        check_unchanged(settings, job, found[1]["lineage"], found[1]["step"])
     order = reading(settings, job, found[1].get("reading") if found else None)
     train_data, val_data = loaders(settings, job, me, order)
     optimizer = build_optimizer(job.stage.student, settings, me.device.type == "cuda", ds.offloads(config))
