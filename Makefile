@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test lint format lock bench-stages bench-saving bench-order wheel clean
+.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: setup  ## Convert the embedded ViT through stages 1, 2, 3 and print one ta
 
 test: setup  ## Run the tests
 	$(PYTHON_VENV) -m pytest tests -q --durations=10 $(ARGS)
+
+faults: setup  ## Kill runs, fill disks, damage files: over 100 kills and 200 inputs (about 20 minutes on 2 cores)
+	$(PYTHON_VENV) tests/faults.py $(ARGS)
 
 lint: setup  ## Check style and format
 	.venv/bin/ruff check .

@@ -45,10 +45,8 @@ class Blobs:
         return image, label
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.beton (96 images), val.beton (22), teacher.safetensors and recipe.yaml."""
-    folder = tmp_path_factory.mktemp("small")
+def write_small(folder: Path) -> Path:
+    """Fills a folder with train.beton (96 images), val.beton (22), teacher.safetensors and recipe.yaml."""
     write(Blobs(96, 0), folder / "train.beton", raw_share=1.0, progress=False)
     write(Blobs(22, 1), folder / "val.beton", raw_share=1.0, progress=False)
     torch.manual_seed(0)
@@ -74,6 +72,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `write_small` fills."""
+    return write_small(tmp_path_factory.mktemp("small"))
 
 
 # One thread a process: tiny tensors, and two ranks on two cores. No hub is asked.

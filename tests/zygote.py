@@ -77,12 +77,14 @@ class Run:
         argv: the program's arguments.
         log: a folder for `out` and `err`, which all ranks append to.
         env: changes to the zygote's environment. What a library reads when it is imported cannot be changed so.
+        supervised: False leaves the other ranks alone when one ends, as srun may.
     """
 
     def __init__(
-        self, zygote: Zygote, argv: list[str], log: Path, ranks: int = 1, env: dict[str, str] | None = None
-    ) -> None:
-        self.log, self.code, self.ending_since = log, None, None
+        self, zygote: Zygote, argv: list[str], log: Path, ranks: int = 1, env: dict[str, str] | None = None,
+        supervised: bool = True,
+    ) -> None:  # fmt: skip
+        self.log, self.code, self.supervised, self.ending_since = log, None, supervised, None
         common = zygote.env | (env or {})
         if ranks > 1:
             world = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "CROSS_RANK": 0, "CROSS_SIZE": 1}
@@ -100,9 +102,10 @@ class Run:
         failed = [code for code in codes if code]
         if self.code is None and failed:
             self.code, self.ending_since = failed[0], time.monotonic()
-            self.signal(signal.SIGTERM)
+            if self.supervised:
+                self.signal(signal.SIGTERM)
         if None in codes:
-            if self.ending_since is not None and time.monotonic() - self.ending_since > 30:
+            if self.supervised and self.ending_since is not None and time.monotonic() - self.ending_since > 30:
                 self.signal(signal.SIGKILL)
             return None
         self.code = self.code or 0
@@ -128,6 +131,7 @@ class Run:
         while any(rank.poll() is None for rank in self.ranks):
             self.signal(signal.SIGKILL)
             time.sleep(0.002)
+        self.poll()
 
     def text(self, name: str) -> str:
         """What was printed to `out` or `err`."""
@@ -201,6 +205,8 @@ def become(argv: list[str], env: dict[str, str], out: str, err: str) -> None:
         opened = os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
+    if "RANK" in env:  # as the launcher starts it
+        sys.stdout.reconfigure(write_through=True)
 
 
 def run_program() -> None:
