@@ -150,7 +150,9 @@ def serve() -> None:
     """The zygote: returns in a child, with its arguments in place, and never in itself."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
+    before = dict(os.environ)
     import_everything()
+    set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
     end = time.monotonic() + 60
     while len(os.listdir("/proc/self/task")) > 1:  # the decoders' are on their way out
         assert time.monotonic() < end, "a thread would be missing in every child"
@@ -162,6 +164,7 @@ def serve() -> None:
             if answer == 0:
                 answers.close()
                 become(**request)
+                os.environ.update(set_by_imports)
                 return
         else:
             pid, status = os.waitpid(request["pid"], os.WNOHANG)
