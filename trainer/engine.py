@@ -99,7 +99,7 @@ def accumulation(settings: Settings, size: int) -> int:
     train = settings.train
     share, left = divmod(train.batch_size, size)
     if left:
-        raise UserError(f"train.batch_size {train.batch_size}: must be a multiple of the number of ranks, {size}")
+        raise UserError(f"train.batch_size {train.batch_size}: must be a multiple of {size} ranks")
     most = train.micro_batch_size or share
     return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= most)
 
