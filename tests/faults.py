@@ -478,7 +478,7 @@ def main() -> int:
     """Exit status 1 when anything was lost, is unexplained, or was not tried for want of time."""
     parser = argparse.ArgumentParser(description="Give the trainer faults on purpose.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", type=int, default=120, help="SIGKILLs and signals (default 120)")
+    parser.add_argument("--kills", type=int, default=140, help="SIGKILLs, and one signal in nine (default 140)")
     parser.add_argument("--disks", type=int, default=20, help="file systems that fill up (default 20)")
     parser.add_argument("--inputs", type=int, default=240, help="damaged and hostile files (default 240)")
     parser.add_argument("--settings", type=int, default=500, help="drawn settings (default 500)")
