@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order wheel clean
+.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order bench-probe wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench-saving: setup  ## Measure how long training stands still for a checkpoint,
 
 bench-order: setup  ## Measure the windowed order's reading and shuffling against FFCV's orders (root; control groups v1)
 	$(PYTHON_VENV) -m benchmarks.order $(ARGS)
+
+bench-probe: setup  ## Compare the probes with scikit-learn's, and measure their memory
+	$(PYTHON_VENV) -m benchmarks.probe $(ARGS)
 
 wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
 	rm -rf build dist

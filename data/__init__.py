@@ -4,6 +4,7 @@ Writing is `python -m data.write`, or `from data.write import write`.
 """
 
 from data import _ffcv  # before all that import FFCV
+from data.augment import lots
 from data.beton import DamagedError, Info, inspect
 from data.loader import Loader, eval_loader, resolve, train_loader
 from data.order import choose_order, epoch_order, windowed_order
@@ -16,6 +17,7 @@ __all__ = [
     "epoch_order",
     "eval_loader",
     "inspect",
+    "lots",
     "resolve",
     "train_loader",
     "windowed_order",

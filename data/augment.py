@@ -56,6 +56,15 @@ def uniform(seed, epoch, index, draw):
 
 
 @numba.njit(nogil=True)
+def lots(count: int, seed: int) -> np.ndarray:
+    """A lot for each sample index, float64 [count] in [0, 1), to draw splits and sub-samples by."""
+    out = np.empty(count)
+    for index in range(count):
+        out[index] = uniform(seed, 0, index, 1 << 32)  # a number that no view draws
+    return out
+
+
+@numba.njit(nogil=True)
 def random_view(seed, epoch, index, height, width, scale, ratio, hflip):
     """Random resized crop and flip of a sample, as torchvision's RandomResizedCrop and RandomHorizontalFlip draw them.
 

@@ -109,6 +109,7 @@ def eval_loader(
     std: Sequence[float] = IMAGENET_STD,
     crop_pct: float = 1.0,
     workers: int | None = None,
+    indices: np.ndarray | None = None,
 ) -> "Loader":
     """Every image once, in the file's order, resized and centre-cropped.
 
@@ -118,6 +119,7 @@ def eval_loader(
     Args:
         batch_size: samples a batch on each rank.
         crop_pct: side of the centre crop as a share of the image's shorter side.
+        indices: only these images, in this order; int64 [n].
         Others: see `train_loader`.
 
     Raises:
@@ -129,7 +131,8 @@ def eval_loader(
         raise ValueError(f"crop_pct {crop_pct}: must be above 0 and at most 1")
     state = np.zeros(3, dtype=np.int64)
     decoder = CentreViewDecoder(_size(image_size), state, crop_pct)
-    return Loader(path, decoder, state, batch_size, 1, rank, world_size, False, device, dtype, mean, std, workers)
+    how = device, dtype, mean, std, workers
+    return Loader(path, decoder, state, batch_size, 1, rank, world_size, False, *how, indices=indices)
 
 
 class Loader:
@@ -138,7 +141,7 @@ class Loader:
     Building compiles the decoder, which takes seconds: build it once and call `epoch` for each pass.
 
     Attributes:
-        num_samples: images in the file.
+        num_samples: images in the file, or in the part of it that is asked for.
         classes: names of the classes from the JSON beside the file, or None.
         has_labels: whether batches have `label`.
         steps_per_epoch: global batches an epoch.
@@ -162,6 +165,7 @@ class Loader:
         std: Sequence[float],
         workers: int | None,
         window: int | None = None,
+        indices: np.ndarray | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank}: must be in 0..{world_size - 1}")
@@ -169,7 +173,8 @@ class Loader:
             raise ValueError(f"mean {tuple(mean)}, std {tuple(std)}: must be three values each (R, G, B), std above 0")
         self.info, columns = open_checked(path)
         decoder.checksums = columns.get("checksum")
-        self.num_samples = self.info.num_samples
+        self.num_samples = self.info.num_samples if indices is None else len(indices)
+        self._indices = indices
         self.classes = self.info.classes
         self.has_labels = self.info.has_labels
         self.micro_batch_size = micro_batch_size
@@ -251,7 +256,8 @@ class Loader:
             return order, np.ones(len(order), dtype=bool)
         each = -(-self.num_samples // self._world_size)
         position = np.arange(self._rank * each, (self._rank + 1) * each)[start * self.micro_batch_size :]
-        return np.minimum(position, self.num_samples - 1), position < self.num_samples
+        order = np.minimum(position, self.num_samples - 1)
+        return order if self._indices is None else self._indices[order], position < self.num_samples
 
     def _batches(self, epoch: int, order: np.ndarray, valid: np.ndarray) -> Iterator[Batch]:
         self.close()

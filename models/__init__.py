@@ -5,9 +5,10 @@ from .export import load, read_config, save
 from .feature_maps import FEATURE_MAPS
 from .linear_attention import LinearAttention, linear_attention
 from .linearize import check_linearizable, linear_blocks, linearize
-from .taps import taps
+from .taps import BLOCK_MODULES, tap_names, taps
 
 __all__ = [
+    "BLOCK_MODULES",
     "FEATURE_MAPS",
     "LinearAttention",
     "architecture",
@@ -22,5 +23,6 @@ __all__ = [
     "read_config",
     "read_weights",
     "save",
+    "tap_names",
     "taps",
 ]

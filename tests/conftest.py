@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a full disk is tested on a tmpfs, which only root can mount")
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a full disk is tested on a tmpfs, and this machine does not mount one: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 # One thread a process: tiny tensors, and two ranks on two cores. No hub is asked.
 ENVIRONMENT = os.environ | {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -116,7 +132,7 @@ def zygote(beton: Path) -> Zygote:
 
 
 def run_trainer(
-    small: Path, run: Path, stage: int, *options: str, ranks: int = 1, timeout: int = 400, launcher: bool = False
+    small: Path, run: Path, stage: int | str, *options: str, ranks: int = 1, timeout: int = 400, launcher: bool = False
 ) -> Result:
     """`trainer/run.py` on the small data set: forked, or started as a user does.
 
@@ -124,7 +140,7 @@ def run_trainer(
         launcher: by the real `python`, or the real `deepspeed` when `ranks` is above 1; takes 8 s longer.
     """
     argv = ["--config", str(small / "recipe.yaml"), "--stage", str(stage), "--run", str(run), *options]
-    folder = run / f"stage{stage}"
+    folder = run / (stage if stage == "probe" else f"stage{stage}")
     if launcher:
         world = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), *world]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from timm.models import VisionTransformer
+from torch import nn
 
 import data
 import models
@@ -50,14 +51,9 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
         raise UserError(f"stage3.mixup, cutmix: mix pairs, but a micro-batch has {micro} images; make it even")
 
     chosen = settings.teacher
-    torch.manual_seed(settings.train.seed)  # what is not loaded, a new head say, starts alike on all ranks
-    teacher = models.build_backbone(
-        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, _pair(settings.data.image_size)
-    )
+    teacher = build_teacher(settings)
     models.check_linearizable(teacher)
-    given = vars(settings.data) | {"image_size": settings.data.image_size or teacher.patch_embed.img_size[0]}
-    given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
-    models.check_image_size(teacher, given["image_size"])
+    given = input_of(settings, teacher)
     student, start, lineage = _student(settings, teacher, folder, given["image_size"])
     num_classes = _num_classes(settings, infos, student)
     seen = {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}
@@ -116,6 +112,23 @@ def loaders(settings: Settings, job: Job, me: World, reading: dict[str, Any]) ->
     return train, val
 
 
+def build_teacher(settings: Settings) -> nn.Module:
+    """The timm model that `settings.teacher` names, at the images' size."""
+    chosen, size = settings.teacher, settings.data.image_size
+    torch.manual_seed(settings.train.seed)  # what is not loaded, a new head say, starts alike on all ranks
+    return models.build_backbone(
+        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, None if size is None else (size, size)
+    )
+
+
+def input_of(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
+    """`INPUT_KEYS`: how images are given to the model; from the settings, else the teacher's own."""
+    given = vars(settings.data) | {"image_size": settings.data.image_size or teacher.patch_embed.img_size[0]}
+    given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
+    models.check_image_size(teacher, given["image_size"])
+    return given
+
+
 def _student(
     settings: Settings, teacher: VisionTransformer, folder: Path, image_size: int
 ) -> tuple[VisionTransformer, str, dict[str, Any]]:
@@ -125,7 +138,7 @@ def _student(
     keep = range(len(teacher.blocks)) if softmax else wanted.keep_softmax
     student = models.linearize(teacher, wanted.feature_map, keep)
     lineage = {
-        "teacher": {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": _hash(chosen, teacher)},
+        "teacher": teacher_lineage(settings, teacher),
         "feature_map": wanted.feature_map,
         "linear_blocks": models.linear_blocks(student),
         "stages": [],
@@ -140,13 +153,16 @@ def _student(
     parent = _parent(settings, folder)
     if parent is None:
         return student, "the teacher's copied weights, no earlier stage's", lineage
-    theirs = _lineage(parent, lineage)
+    theirs = check_lineage(parent, lineage)
     start = f"{parent} (after stage {' and '.join(theirs['stages'])})"
     return models.load(parent, image_size), start, theirs
 
 
-def check_unchanged(settings: Settings, job: Job, kept: dict[str, Any], step: int) -> None:
+def check_unchanged(settings: Settings, job: Job, found: tuple[Path, dict[str, Any]] | None) -> None:
     """Raises UserError when the teacher's weights or the images are not those that a checkpoint's lineage names."""
+    if found is None:
+        return
+    kept, step = found[1]["lineage"], found[1]["step"]
     before, now = ((of["teacher"]["sha256"], of["data"][-1]["sha256"]) for of in (kept, job.export["lineage"]))
     teacher = f"teacher.weights {settings.teacher.weights or settings.teacher.name}"
     for name, was, is_now in zip((teacher, f"data.train {job.train.path}"), before, now, strict=True):
@@ -154,23 +170,35 @@ def check_unchanged(settings: Settings, job: Job, kept: dict[str, Any], step: in
             raise UserError(f"{name}: is not what this run had up to step {step}; put it back, or use another --run")
 
 
-def _hash(chosen: Teacher, teacher: VisionTransformer) -> str:
+def _hash(chosen: Teacher, teacher: nn.Module) -> str:
     """Of a local file, all its tensors; else of the blocks, which change with no image size and no head."""
     return models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
 
 
-def _lineage(parent: Path, ours: dict[str, Any]) -> dict[str, Any]:
+def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
+    """What an export says of the teacher that it comes from."""
+    chosen = settings.teacher
+    return {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": _hash(chosen, teacher)}
+
+
+TEACHER_FIELDS = ("teacher.name", "teacher.kwargs", "teacher.sha256")
+
+
+def check_lineage(
+    parent: Path, ours: dict[str, Any], fields: tuple[str, ...] = (*TEACHER_FIELDS, "feature_map", "linear_blocks")
+) -> dict[str, Any]:
     """A parent export's lineage; raises UserError, naming the field, where it is not of our teacher and student."""
     theirs = models.read_config(parent).get("lineage")
-    for field in ("teacher.name", "teacher.kwargs", "teacher.sha256", "feature_map", "linear_blocks", "stages", "data"):
+    for field in (*fields, "stages", "data"):
         try:
-            was, now = _get(theirs, field), _get(ours, field)
+            was = _get(theirs, field)
+            now = was if field in ("stages", "data") else _get(ours, field)  # those two are handed on
             assert field not in ("stages", "data") or isinstance(was, list)
             assert field != "stages" or all(isinstance(stage, str) for stage in was)
         except (KeyError, TypeError, AssertionError) as error:
             raise UserError(f"{parent}/config.json: damaged, its lineage has no {field}; make the export again, "
                             "or choose another with --student.parent") from error  # fmt: skip
-        if was != now and field not in ("stages", "data"):  # those two are handed on
+        if was != now:
             raise UserError(f"{parent}: does not fit as a parent: its {field} is {was!r}, this run's is {now!r}; "
                             "mend the setting, or choose another with --student.parent")  # fmt: skip
     return theirs
@@ -200,10 +228,6 @@ def _num_classes(settings: Settings, infos: dict[str, data.Info], student: Visio
             raise UserError(f"data.{split} {info.path}: has labels up to {info.max_label}, "
                             f"outside the head's {num_classes} classes")  # fmt: skip
     return num_classes
-
-
-def _pair(image_size: int | None) -> tuple[int, int] | None:
-    return None if image_size is None else (image_size, image_size)
 
 
 def _get(nested: dict[str, Any], path: str) -> Any:

@@ -6,6 +6,7 @@ A recipe's `stages` section holds what differs a stage; it is laid over the rest
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -117,6 +118,25 @@ class Stage3:
 
 
 @dataclass
+class Probe:
+    """Linear probes on every module of every block, teacher beside student."""
+
+    models: list[Literal["teacher", "student"]] = field(default_factory=lambda: ["teacher", "student"])
+    modules: list[str] | None = None  # taps such as blocks.*.act or norm; default: patch_embed, all of each block, norm
+    pooling: list[Literal["mean", "prefix", "both"]] | None = None  # of tokens; default: all that the model has
+    solver: Literal["logistic", "ridge"] = "logistic"  # multinomial logistic regression, or least squares: quicker
+    penalties: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])  # scikit-learn's C; validation chooses
+    tolerance: float = 3e-5  # of the logistic solver: nats an image above the least objective
+    validation: float = 0.1  # share of the training images that choose penalty and module
+    images: int | None = None  # of the training images, fit on so many only
+    test: list[str] = field(default_factory=list)  # NAME=FILE ...: .beton files beside data.val, shifted ones say
+    batch_size: int = 64  # images a forward pass, on each rank
+    dtype: Literal["fp32", "fp16"] = "fp32"  # of the features on disk
+    keep_features: bool = False  # leave them in the run folder when all is done
+    every: int = 0  # steps of stage 2 between quick probes of the student beside the teacher; 0: none
+
+
+@dataclass
 class Wandb:
     """Weights & Biases; offline unless a key is set."""
 
@@ -128,7 +148,7 @@ class Wandb:
 class Settings:
     """All settings of one stage's run."""
 
-    stage: Literal["1", "2", "3"]  # 1: attention alignment, 2: feature alignment, 3: supervised fine-tuning
+    stage: Literal["1", "2", "3", "probe"]  # attention alignment, feature alignment, supervised fine-tuning, probes
     run: str | None = None  # run folder; default: runs/<recipe>
     deepspeed: str = str(Path("ds_configs") / "zero1.json")  # DeepSpeed's JSON
     teacher: Teacher = field(default_factory=Teacher)
@@ -138,6 +158,7 @@ class Settings:
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
     stage3: Stage3 = field(default_factory=Stage3)
+    probe: Probe = field(default_factory=Probe)
     wandb: Wandb = field(default_factory=Wandb)
     dry_run: bool = False  # show what would run, without training
 
@@ -145,7 +166,7 @@ class Settings:
 # May change between a run and its continuation: they alter nothing of what is learned.
 FREE = {
     "run", "dry_run", "deepspeed", "wandb", "data.workers", "train.micro_batch_size", "train.max_skipped",
-    "train.save_every", "train.keep", "train.log_every", "train.eval_first",
+    "train.save_every", "train.keep", "train.log_every", "train.eval_first", "probe.keep_features",
 }  # fmt: skip
 
 
@@ -155,6 +176,7 @@ _NOT_NEGATIVE = (lambda v: v >= 0, "at least 0")
 _AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
 _SHARE = (lambda v: 0 <= v <= 1, "in 0..1")
 _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_NOT_EMPTY = (len, "at least one")
 _FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.image_size": _AT_LEAST_1,
@@ -189,6 +211,16 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stage3.mixup": _NOT_NEGATIVE,
     "stage3.cutmix": _NOT_NEGATIVE,
     "stage3.ema": _BELOW_1,
+    "probe.models": _NOT_EMPTY,
+    "probe.modules": _NOT_EMPTY,
+    "probe.pooling": _NOT_EMPTY,
+    "probe.penalties": (lambda v: v and min(v) > 0, "values above 0"),
+    "probe.tolerance": _POSITIVE,
+    "probe.validation": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "probe.images": _AT_LEAST_1,
+    "probe.test": (lambda v: all(re.fullmatch(r"[\w.+-]+=.+", pair) for pair in v), "NAME=FILE ..."),
+    "probe.batch_size": _AT_LEAST_1,
+    "probe.every": _NOT_NEGATIVE,
 }
 
 
@@ -226,7 +258,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         UserError: unknown or unfit setting, no such recipe.
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
-    argv = ["--dry_run=true" if arg == "--dry_run" else arg for arg in argv]
+    argv = _gather(["--dry_run=true" if arg == "--dry_run" else arg for arg in argv], "--probe.test")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config", default="default")
     peek.add_argument("--stage")
@@ -251,13 +283,26 @@ def parse(argv: list[str] | None = None) -> Settings:
         parser.print_help()
         raise SystemExit(0)
     if known.stage is None:
-        raise UserError("--stage: which stage is missing; give --stage 1, 2 or 3")
+        raise UserError("--stage: which stage is missing; give --stage 1, 2, 3 or probe")
     path = find_recipe(known.config)
     given = parser.parse_args([f"--recipe={yaml.safe_dump(read_recipe(path, known.stage))}", *argv])
     settings = _build(Settings, given)
     settings.run = settings.run or str(Path("runs") / path.stem)
+    settings.train.eval_every = settings.train.eval_every or settings.probe.every
     _check(settings)
     return settings
+
+
+def _gather(argv: list[str], option: str) -> list[str]:
+    """`option A B ... option C` -> `option=["A", "B", "C"]`: the parser takes a list as one value."""
+    values, rest, taking = [], [], False
+    for arg in argv:
+        taking = arg == option or (taking and not arg.startswith("-"))
+        if not taking:
+            rest.append(arg)
+        elif arg != option:
+            values.append(arg)
+    return [*rest, f"{option}={json.dumps(values)}"] if values else argv
 
 
 def find_recipe(name: str) -> Path:
@@ -281,9 +326,9 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
     if not isinstance(stages, dict):
         raise UserError(f"{path}: stages must be a mapping, a section a stage")
     stages = {str(key): value or {} for key, value in stages.items()}
-    unknown = set(stages) - {"1", "2", "3"}
+    unknown = set(stages) - {"1", "2", "3", "probe"}
     if unknown:
-        raise UserError(f"{path}: stages has no {', '.join(sorted(unknown))}; it may hold 1, 2 and 3")
+        raise UserError(f"{path}: stages has no {', '.join(sorted(unknown))}; it may hold 1, 2, 3 and probe")
     for part, prefix in ((recipe, ""), *((part, f"stages.{key}.") for key, part in stages.items())):
         _check_names(path, part, prefix)
     return _merge(recipe, stages.get(stage, {}))
@@ -321,13 +366,17 @@ def _check(settings: Settings) -> None:
     for name, (fits, words) in RANGES.items():
         if values[name] is not None and not fits(values[name]):
             raise UserError(f"{name} {values[name]}: must be {words}")
-    if settings.stage != "3" and settings.student.attention == "softmax":
+    if settings.stage in "12" and settings.student.attention == "softmax":
         raise UserError(
             "student.attention softmax: is the baseline of stage 3, there is nothing to align in stage 1 or 2"
         )
+    every = settings.train.eval_every
+    if settings.probe.every and settings.probe.every % every:
+        raise UserError(f"probe.every {settings.probe.every}: must be a multiple of train.eval_every {every}: a quick "
+                        "probe is part of an evaluation")  # fmt: skip
     if settings.stage == "1" and settings.stage1.match == "heads" and settings.train.compile:
         raise UserError("stage1.match heads: lies inside what train.compile compiles; use one of the two")
-    if settings.stage != "3" and settings.student.trainable == "head":
+    if settings.stage in "12" and settings.student.trainable == "head":
         raise UserError(
             "student.trainable head: no loss of stage 1 or 2 reaches the head; choose qkv, attention or backbone"
         )

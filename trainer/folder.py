@@ -20,7 +20,7 @@ class StageFolder:
     def __init__(self, settings: Settings) -> None:
         """Names the folder; touches nothing."""
         self.run = Path(settings.run)
-        self.path = self.run / f"stage{settings.stage}"
+        self.path = self.run / (settings.stage if settings.stage == "probe" else f"stage{settings.stage}")
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self._lock = None
@@ -28,7 +28,8 @@ class StageFolder:
     def check(self, settings: Settings) -> None:
         """Raises UserError, naming the field, when the folder belongs to a run with other settings."""
         kept = self.path / "config.yaml"
-        if not kept.is_file() or not (self.complete or any(self.checkpoints.glob("step-*"))):
+        work = ("checkpoints/step-*", "features/*/*", "probes/*")
+        if not kept.is_file() or not (self.complete or any(any(self.path.glob(pattern)) for pattern in work)):
             return  # nothing is there that other settings would spoil
         try:
             before = yaml.safe_load(kept.read_text())
@@ -78,5 +79,5 @@ class StageFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the stage has handed on its export."""
-        return (self.export / "config.json").is_file()
+        """Whether the stage has handed on its export, or the probe its results."""
+        return (self.export / "config.json").is_file() or (self.path / "results.json").is_file()

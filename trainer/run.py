@@ -1,4 +1,4 @@
-"""Run one stage: `deepspeed trainer/run.py --stage {1,2,3} [--config RECIPE] [--group.name value ...]`."""
+"""Run one stage: `deepspeed trainer/run.py --stage {1,2,3,probe} [--config RECIPE] [--group.name value ...]`."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data import DamagedError
 from trainer import engine as ds
+from trainer import probe
 from trainer.build import Job, build, check_unchanged, loaders, reading
 from trainer.checkpoint import Checkpoints
 from trainer.config import Settings, UserError, as_dict, parse
@@ -26,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     with StopFlag() as stop, Watchdog(me.rank, me.size) as watchdog:
         try:
             settings = parse(argv)
+            if settings.stage == "probe":
+                return probe.run(settings, me, stop)
             config = ds.deepspeed_config(settings, me.size)
             folder = StageFolder(settings)
             folder.check(settings)
@@ -49,8 +52,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     ds.join(me)
     checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
     found = checkpoints.newest()
-    if found:
-        check_unchanged(settings, job, found[1]["lineage"], found[1]["step"])
+    check_unchanged(settings, job, found)
     order = reading(settings, job, found[1].get("reading") if found else None)
     train_data, val_data = loaders(settings, job, me, order)
     optimizer = build_optimizer(job.stage.student, settings, me.device.type == "cuda", ds.offloads(config))
@@ -58,24 +60,21 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
     engine = ds.build_engine(job.stage, optimizer, config)
     if job.stage.teacher is not None:
         job.stage.teacher.to(me.device, next(job.stage.parameters()).dtype)
-
     step = found[1]["step"] if found else 0
     if found:
         checkpoints.restore(engine, found)
     tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
-    tracker.say(
-        f"stage {settings.stage}, {job.stage.name}: from {f'step {step}' if found else job.start}, to step {job.steps}"
-    )
+    start = f"step {step}" if found else job.start
+    tracker.say(f"stage {settings.stage}, {job.stage.name}: from {start}, to step {job.steps}")
     if order["order"] == "windowed":
         tracker.say(f"{job.train.path}: read in long runs, shuffled within {order['window']} MiB (data.order windowed)")
-
-    scores: dict[int, float] = {}
+    quick, scores = probe.QuickProbe(settings, job, me, engine), {}
 
     def evaluate(at: int) -> None:
         if val_data is not None:
             values = job.stage.evaluate(engine, stop.heeding(val_data.epoch(), me.device))
             scores[at] = job.stage.score(values)
-            tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values})
+            tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values, **quick(at)})
 
     def save(at: int) -> None:
         state = {"step": at, "samples": at * settings.train.batch_size, "settings": as_dict(settings)}

@@ -1,0 +1,194 @@
+"""Fit and judge the probes of one group of feature vectors of equal width; keep each in a file of its own."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.config import Probe, UserError
+from trainer.probe.features import Array, Store
+from trainer.probe.solve import Blocks, Probes, logistic, ridge, statistics
+
+CPU_BYTES = 2**27  # of features and solver state that a group may hold, on each core; what is larger is streamed
+BLOCK_BYTES = (
+    2**20
+)  # of features in a block, which CPUs are quickest with: it stays in the cache from product to product
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What one probe reads: a module of a model, pooled."""
+
+    model: str
+    tap: str
+    pooling: str
+    width: int
+    keys: tuple[str, ...]  # of the arrays that it joins
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}.{self.tap}.{self.pooling}"
+
+
+@dataclass
+class Fit:
+    """A vector's probe at the penalty that the validation images chose, and how it did."""
+
+    vector: Vector
+    penalty: float
+    validation: dict[float, int]  # penalty -> images it classifies rightly
+    iterations: int
+    gap: float  # see `Probes`
+    right: dict[str, np.ndarray]  # data set, `validation` too -> bool [images]
+
+
+def vectors_of(arrays: list[Array], wanted: list[str]) -> list[Vector]:
+    """The vectors that `wanted` poolings make of the arrays; of those without a prefix token the mean alone."""
+    by_tap: dict[tuple[str, str], dict[str, Array]] = {}
+    for array in arrays:
+        by_tap.setdefault((array.model, array.tap), {})[array.pool] = array
+    found = []
+    for (model, tap), pools in by_tap.items():
+        for pooling in wanted if "prefix" in pools else ["mean"]:
+            parts = [pools[pool] for pool in (("prefix", "mean") if pooling == "both" else (pooling,))]
+            found.append(Vector(model, tap, pooling, sum(p.width for p in parts), tuple(p.key for p in parts)))
+    return found
+
+
+def groups_of(vectors: list[Vector], store: Store, problems: int, device: torch.device) -> list[list[Vector]]:
+    """Vectors of equal width that are fitted side by side, as many as the memory for them holds, the widest first.
+
+    `problems`: penalties x classes.
+    """
+    groups: list[list[Vector]] = []
+    for vector in sorted(vectors, key=lambda v: -v.width):
+        images = len(store.splits["fit"].indices)
+        most = memory(device) // (4 * vector.width * (images + 30 * problems + 6 * vector.width))
+        if device.type == "cpu":
+            most = min(most, BLOCK_BYTES // (4 * vector.width * min(images, store.rows)))
+        if groups and groups[-1][0].width == vector.width and len(groups[-1]) < most:
+            groups[-1].append(vector)
+        else:
+            groups.append([vector])
+    return groups
+
+
+def fit_groups(
+    store: Store, groups: list[list[Vector]], classes: int, options: Probe, folder: Path, device: torch.device
+) -> Iterator[None]:
+    """Fit the groups, one an iteration; see `fit_group`.
+
+    On CPUs a thread a core, each with a group of its own: such small products gain little from several cores, and what
+    comes out is the same bits on any number of them.
+    """
+    if device.type != "cpu":
+        for group in groups:
+            yield fit_group(store, group, classes, options, folder, device)
+        return
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for fitted in [pool.submit(fit_group, store, group, classes, options, folder, device) for group in groups]:
+                yield fitted.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that a group may take on a device: the same on all ranks, which form the same groups."""
+    return CPU_BYTES if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory // 8
+
+
+def fit_group(
+    store: Store, group: list[Vector], classes: int, options: Probe, folder: Path, device: torch.device
+) -> None:
+    """Fit a group's vectors on the split `fit`, choose penalties on `validation`, try them on every test set, keep all.
+
+    Among penalties of equal accuracy the strongest, the smallest C, is taken; among classes of equal score the first.
+
+    Raises:
+        UserError: features are not finite, or a fit cannot be written to `folder`.
+    """
+    keys = [vector.keys for vector in group]
+    hold = 8 * len(store.splits["fit"].indices) * group[0].width * len(group) <= memory(device)
+    raw = _held(lambda: store.blocks("fit", keys, device), hold)
+    stats = statistics(raw, classes)
+    bad = [vector.name for vector, ok in zip(group, stats.gram_MDD.isfinite().all(-1).all(-1), strict=True) if not ok]
+    if bad:
+        raise UserError(f"{bad[0]}: has features that are not finite; try --train.bf16 false and --probe.dtype fp32")
+    if options.solver == "ridge":
+        probes = ridge(stats, options.penalties)
+    else:
+        standardised = _held(lambda: ((stats.standardise(x), y) for x, y in raw()), hold)
+        probes = logistic(standardised, stats, options.penalties, options.tolerance)
+
+    def right(split: str, chosen: Probes) -> Tensor:
+        """Whether each image is classified rightly: bool [M, P, N]."""
+        blocks = store.blocks(split, keys, device)
+        return torch.cat([chosen.predict(stats.standardise(x)) == y for x, y in blocks], -1).cpu()
+
+    on_validation = right("validation", probes)
+    hits_MP = on_validation.sum(-1)
+    order = sorted(range(len(options.penalties)), key=options.penalties.__getitem__)
+    best = torch.tensor(order)[hits_MP[:, order].argmax(1)]
+    chosen = probes.at(best.to(device))
+    on_tests = {name: right(name, chosen)[:, 0] for name in store.splits if name not in ("fit", "validation")}
+    for m, vector in enumerate(group):
+        rights = {"validation": on_validation[m, best[m]], **{name: hit[m] for name, hit in on_tests.items()}}
+        fit = Fit(
+            vector,
+            options.penalties[best[m]],
+            dict(zip(options.penalties, hits_MP[m].tolist(), strict=True)),
+            int(chosen.iterations_MP[m, 0]),
+            float(chosen.gap_MP[m, 0]),
+            {name: hit.numpy() for name, hit in rights.items()},
+        )
+        probe = {"mean": stats.mean_MD[m], "std": stats.std_MD[m]}
+        probe |= {"weight": chosen.weight_MPKD[m, 0], "bias": chosen.bias_MPK[m, 0]}
+        _keep(folder, fit, probe)
+
+
+def _keep(folder: Path, fit: Fit, probe: dict[str, Tensor]) -> None:
+    """Write a fit, and the probe itself: class scores are `(x / |x| - mean) / std @ weight + bias`."""
+    tensors = {name: t.float().cpu().contiguous() for name, t in probe.items()}
+    tensors |= {f"right.{name}": torch.from_numpy(np.packbits(right)) for name, right in fit.right.items()}
+    said: dict[str, Any] = asdict(fit) | {"right": {name: len(right) for name, right in fit.right.items()}}
+    said["validation"] = list(fit.validation.items())
+    path = folder / f"{fit.vector.name}.safetensors"
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, {"fit": json.dumps(said)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); make room, then run the same command again") from error
+
+
+def kept(folder: Path, vector: Vector) -> Fit | None:
+    """The fit of a vector that was written before, or None."""
+    try:
+        with safe_open(folder / f"{vector.name}.safetensors", "np") as file:
+            said = json.loads(file.metadata()["fit"])
+            right = {n: file.get_tensor(f"right.{n}") for n in said["right"]}
+    except (OSError, SafetensorError):
+        return None
+    said["right"] = {n: np.unpackbits(bits, count=said["right"][n]).astype(bool) for n, bits in right.items()}
+    return Fit(**said | {"vector": vector, "validation": dict(map(tuple, said["validation"]))})
+
+
+def _held(blocks: Blocks, hold: bool) -> Blocks:
+    """The same blocks, read once and held in memory where they may be."""
+    if not hold:
+        return blocks
+    held = list(blocks())
+    return lambda: held
