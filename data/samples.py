@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from data.beton import inspect
+from data.corrupt import check
 
 SIDE = 64  # pixels of a canvas
 COUNTS = {"train": 8192, "val": 2048}
@@ -74,18 +75,24 @@ class Digits:
         canvas += rng.uniform(0.4, 0.8) * ink[..., None] * (rng.uniform(0, 0.75, 3) - canvas)
 
 
-def ensure(split: str) -> Path:
+def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
     """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/vit-linearizer/digits-v2/`.
+
+    With `corruption`, (name, severity), of the split's shifted copy, see `data.corrupt`.
 
     Any number of processes may call it at once: one writes, the others wait. A damaged file is written again.
 
     Raises:
-        ValueError: no such split.
+        ValueError: no such split or corruption.
         OSError: the cache folder cannot be written.
     """
     dataset = Digits(split)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "vit-linearizer" / "digits-v2" / f"{split}.beton"
+    name = split
+    if corruption is not None:
+        check(*corruption)
+        name = f"{split}-{corruption[0]}-{corruption[1]}"
+    path = cache / "vit-linearizer" / "digits-v2" / f"{name}.beton"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / ".lock", "w") as lock:
@@ -94,7 +101,8 @@ def ensure(split: str) -> Path:
                 from data.write import write
 
                 # One worker: several would lay out the pages in the order they finish, and the file's hash would vary.
-                write(dataset, path, raw_share=1.0, workers=1, source="scikit-learn load_digits", progress=False)
+                source = "scikit-learn load_digits"
+                write(dataset, path, raw_share=1.0, workers=1, corruption=corruption, source=source, progress=False)
     except PermissionError as error:
         raise OSError(f"{path.parent}: not writable; set XDG_CACHE_HOME to a folder that is") from error
     return path

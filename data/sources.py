@@ -63,21 +63,25 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple:
-        """(image,) or (image, label).
-
-        Raises:
-            ValueError, OSError, Image.DecompressionBombError: it cannot be read, or has more than twice
-                `Image.MAX_IMAGE_PIXELS`.
-        """
-        file = self.files[index]
-        if not (self.root / file).is_file():  # a pipe would be waited for
-            raise ValueError("is no regular file, or a link that leads nowhere")
-        with Image.open(self.root / file, formats=_FORMATS) as image:
-            pixels = to_rgb(image)
-        return (pixels, self._labels[file.parts[0]]) if self.classes else (pixels,)
+        """(image,) or (image, label); raises what `read_image` does."""
+        pixels = read_image(self.root / self.files[index])
+        return (pixels, self._labels[self.files[index].parts[0]]) if self.classes else (pixels,)
 
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The pixels of an image file: uint8 [H, W, 3], see `to_rgb`.
+
+    Raises:
+        ValueError, OSError, Image.DecompressionBombError: it cannot be read, or has more than twice
+            `Image.MAX_IMAGE_PIXELS`.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("is no regular file, or a link that leads nowhere")
+    with Image.open(path, formats=_FORMATS) as image:
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:

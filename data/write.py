@@ -22,13 +22,16 @@ from typing import Any, NoReturn
 import cv2
 import numpy as np
 from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.fields.rgb_image import resizer
 from ffcv.memory_allocator import MemoryAllocator
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
 from tqdm import tqdm
 
+from data import corrupt
 from data.beton import inspect, put_digest, side_digest, side_file, tables_digest
 from data.checksum import checksum
+from data.layouts import LAYOUTS, Arrays, Files, open_source
 from data.sources import MAX_SIDE, ImageFolder, to_rgb
 
 CHUNK = 64  # samples a process takes at a time
@@ -44,6 +47,8 @@ def write(
     smart_threshold: int = 100_000,
     workers: int | None = None,
     skip_unreadable: bool = False,
+    corruption: tuple[str, int] | None = None,
+    seed: int = 0,
     image_key: str = "image",
     label_key: str = "label",
     classes: Sequence[str] | None = None,
@@ -65,6 +70,9 @@ def write(
         smart_threshold: bytes of raw pixels.
         workers: processes; by default one a core.
         skip_unreadable: leave out the items that cannot be read, instead of failing.
+        corruption: (name, severity) of `data.corrupt`, to write a shifted copy; applied to the images as they are after
+            `max_side`.
+        seed: of the corruption's noise, which is a function of it and of an item's index.
         classes: names of the classes; by default the dataset's own (`classes`, or the label feature's `names`).
         source: what to record as the source; by default the dataset's type.
 
@@ -77,13 +85,17 @@ def write(
     """
     out = Path(out)
     _check_settings(max_side, quality, raw_share, smart_threshold, workers)
+    if corruption is not None:
+        corrupt.check(*corruption)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file such as {out / 'train.beton'}")
     if len(dataset) == 0:
         raise ValueError(f"{source or type(dataset).__name__}: holds no images")
     read = _Items(dataset, image_key, label_key)
+    if corruption is not None:
+        read = _Corrupted(read, max_side, *corruption, seed)
     fields = _fields(read, max_side, quality, raw_share, smart_threshold)
-    name_of = dataset.name if isinstance(dataset, ImageFolder) else "item {}".format
+    name_of = dataset.name if isinstance(dataset, ImageFolder | Files | Arrays) else "item {}".format
 
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -103,7 +115,8 @@ def write(
             "count": len(dataset) - len(skipped),
             "source": source or f"{type(dataset).__module__}.{type(dataset).__qualname__}",
             "settings": {
-                "max_side": max_side, "quality": quality, "raw_share": raw_share, "smart_threshold": smart_threshold
+                "max_side": max_side, "quality": quality, "raw_share": raw_share, "smart_threshold": smart_threshold,
+                "corruption": corruption and {"name": corruption[0], "severity": corruption[1], "seed": seed},
             },
             "bytes": aside.stat().st_size,
             "sha256": _sha256(aside),
@@ -152,6 +165,21 @@ class _Items:
         if "mask" in item:
             item["mask"] = np.ascontiguousarray(item["mask"], dtype=np.uint8)
         return item
+
+
+class _Corrupted:
+    """Items with corrupted images, of the size at which they are stored."""
+
+    def __init__(self, items: _Items, max_side: int | None, name: str, severity: int, seed: int):
+        self.items, self.max_side, self.name, self.severity, self.seed = items, max_side, name, severity, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        item = self.items[index]
+        image = resizer(item["image"], self.max_side)
+        return item | {"image": corrupt.corrupt(image, self.name, self.severity, index, self.seed)}
 
 
 _CHECKSUMS = ("checksum", "mask_checksum")  # fields, of what is stored for the image and for the mask
@@ -404,7 +432,9 @@ def _raw_share(text: str) -> float | str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _Parser(prog="python -m data.write", description="Write a folder of images as a .beton file.")
-    parser.add_argument("source", help="a folder: a class a subfolder, or any nested folder of unlabelled images")
+    parser.add_argument(
+        "source", help="a folder: a class a subfolder, any nested folder of unlabelled images, or an unpacked data set"
+    )
     parser.add_argument("out", help="the file to write, such as train.beton")
     parser.add_argument("--max_side", type=int, help="shrink larger images to this longer side, pixels")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1..100 (default 90)")
@@ -415,13 +445,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--unlabelled", action="store_true", help="take no labels from subfolders")
     parser.add_argument("--skip_unreadable", action="store_true", help="leave out unreadable images instead of failing")
+    parser.add_argument(
+        "--layout", choices=["folder", *LAYOUTS], help="how the source is laid out (default: found out)"
+    )
+    parser.add_argument("--split", choices=["train", "val", "test"], help="of a data set (default: its first)")
+    parser.add_argument("--corrupt", metavar="NAME", help=f"write a shifted copy: {', '.join(corrupt.CORRUPTIONS)}")
+    parser.add_argument("--severity", type=int, choices=corrupt.SEVERITIES, help="of the corruption")
+    parser.add_argument("--seed", type=int, default=0, help="of the corruption's noise (default 0)")
     options = vars(parser.parse_args(arguments))
-    source, out, unlabelled = options.pop("source"), options.pop("out"), options.pop("unlabelled")
+    source, out, layout, split = (options.pop(name) for name in ("source", "out", "layout", "split"))
+    unlabelled, name, severity = (options.pop(name) for name in ("unlabelled", "corrupt", "severity"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished file is removed
     try:
-        folder = ImageFolder(source, unlabelled)
+        if (name is None) != (severity is None):
+            raise ValueError("corrupt, severity: give both, such as --corrupt contrast --severity 3")
+        corruption = None if name is None else (name, severity)
+        folder = open_source(source, layout, split, corruption, unlabelled)
         print(f"{source}: {len(folder)} images, {folder.why}")
-        content = write(folder, out, source=source, **options)
+        if isinstance(folder, Arrays) and folder.corrupted:
+            corruption = None
+        if not isinstance(folder, ImageFolder):
+            source = f"{source} ({folder.why})"
+        content = write(folder, out, source=source, corruption=corruption, **options)
     except OSError as error:
         return _fail(error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else error)
     except (ValueError, RuntimeError) as error:
