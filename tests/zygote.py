@@ -165,6 +165,7 @@ def serve() -> None:
                 answers.close()
                 become(**request)
                 os.environ.update(set_by_imports)
+                renew_thread_pool()
                 return
         else:
             pid, status = os.waitpid(request["pid"], os.WNOHANG)
@@ -210,6 +211,17 @@ def become(argv: list[str], env: dict[str, str], out: str, err: str) -> None:
         os.close(opened)
     if "RANK" in env:  # as the launcher starts it
         sys.stdout.reconfigure(write_through=True)
+
+
+def renew_thread_pool() -> None:
+    """Lets torch replace the thread pool whose threads the fork left behind, while one thread alone asks for it.
+
+    torch does so at the first use after a fork, without a lock: of two threads the second may find no pool, and end the
+    process ("Invalid thread pool!"; `caffe2::pthreadpool`).
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def run_program() -> None:
