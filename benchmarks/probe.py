@@ -2,8 +2,9 @@
 
 The teacher's 6 blocks x 8 modules, mean over tokens, 10,000 training images of CIFAR-10. scikit-learn fits one module
 at a time with the paper's pipeline (arXiv 2603.05280): L2-normalise, StandardScaler, LogisticRegression(max_iter=5000);
-its features are in memory before its clock starts, ours are read from the files within. Block by block, in turns, both
-with all cores. Then peak memory of the program itself, features and probes, on 10,000 and 49,000 images.
+its features are in memory before its clock starts, ours are read from the files within. Block by block, in turns. Ours
+has all cores; of scikit-learn's two times a module, on one core and on all, the better counts. Then peak memory of the
+program itself, features and probes, on 10,000 and 49,000 images.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from benchmarks.common import ROOT, markdown
 from benchmarks.stages import prepare
@@ -72,10 +74,14 @@ def theirs(plan: Plan, block: int) -> tuple[dict[str, float], dict[str, float]]:
             for part in map(torch.cat, zip(*((x[0], y) for x, y in plan.store.blocks(split, [vector.keys], CPU)),
                                            strict=True))
         )  # fmt: skip
-        began = time.perf_counter()
-        pipeline = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(max_iter=5000)).fit(x, y)
-        top1[vector.tap] = 100 * pipeline.score(test, truth)
-        seconds[vector.tap] = time.perf_counter() - began
+        times = []
+        for cores in {1, torch.get_num_threads()}:
+            with threadpool_limits(cores):
+                began = time.perf_counter()
+                pipeline = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(max_iter=5000)).fit(x, y)
+                top1[vector.tap] = 100 * pipeline.score(test, truth)
+                times.append(time.perf_counter() - began)
+        seconds[vector.tap] = min(times)
     return seconds, top1
 
 
