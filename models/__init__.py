@@ -3,16 +3,24 @@
 from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights
 from .export import load, read_config, save
 from .feature_maps import FEATURE_MAPS
+from .heads import HEADS, IGNORE, Head, build_head
 from .linear_attention import LinearAttention, linear_attention
 from .linearize import check_linearizable, linear_blocks, linearize
+from .segmenter import Segmenter, backbone_of
 from .taps import BLOCK_MODULES, tap_names, taps
 
 __all__ = [
     "BLOCK_MODULES",
     "FEATURE_MAPS",
+    "HEADS",
+    "IGNORE",
+    "Head",
     "LinearAttention",
+    "Segmenter",
     "architecture",
+    "backbone_of",
     "build_backbone",
+    "build_head",
     "check_image_size",
     "check_linearizable",
     "fingerprint",

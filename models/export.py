@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .backbones import NOT_BUILT, check_finite, check_fit, check_image_size
+from .heads import build_head
 from .linearize import linearize
+from .segmenter import Segmenter, backbone_of
 
 FORMAT = 1
+MAX_SIZE = 10_000  # what a keyword of a head may say
 MAX_DEPTH = 1000  # blocks; before they are compared with the weights they are built, one after the other
 
 
@@ -33,8 +36,9 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
         state: the full state dict, on any device.
         config: `backbone` {name, kwargs}, `attention` {feature_map, linear_blocks}, `input` {image_size, mean, std,
             crop_pct} and `lineage`, all plain JSON. `load` builds with `timm.create_model(name, **kwargs)`, so
-            `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. To it `save`
-            adds `digest`, by which `load` knows that the two files are as they were written.
+            `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. A `Segmenter`
+            has `segmentation` {head, num_classes, kwargs} too, for `build_head`. To it `save` adds `digest`, by which
+            `load` knows that the two files are as they were written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,17 +76,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         part: Any = config
         for key in name.split("."):
             part = part.get(key) if isinstance(part, dict) else None
+        if name.startswith("segmentation.") and "segmentation" not in config:
+            continue
         if not isinstance(part, kind):
             raise ValueError(f"{path}: damaged, its {name} is {'missing' if part is None else repr(part)[:80]}")
     return config
 
 
 # "lineage" is the trainer's, which checks it.
-_KINDS = {"backbone.name": str, "backbone.kwargs": dict, "attention.feature_map": str, "attention.linear_blocks": list}
+_KINDS = {
+    "backbone.name": str, "backbone.kwargs": dict, "attention.feature_map": str, "attention.linear_blocks": list,
+    "segmentation.head": str, "segmentation.num_classes": int, "segmentation.kwargs": dict,
+}  # fmt: skip
 
 
 def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """The exported model, a timm model in eval mode, fp32, on the CPU.
+    """The exported model in eval mode, fp32, on the CPU: a timm model, or a `Segmenter` around one.
 
     Args:
         folder: of the export.
@@ -100,6 +109,7 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
         raise ValueError(f"{path}: cannot be read as weights ({error})") from error
     try:
         _check_backbone(config["backbone"])
+        _check_head(config)
         with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
             shapes = _build(config)
     except NOT_BUILT as error:
@@ -111,8 +121,9 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
     model = _build(config)
     model.load_state_dict(state)
     if image_size is not None:
-        check_image_size(model, image_size)
-        model.set_input_size(img_size=image_size)
+        vit = backbone_of(model)
+        check_image_size(vit, image_size)
+        vit.set_input_size(img_size=image_size)
     return model.eval()
 
 
@@ -120,12 +131,14 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
     backbone, attention = config["backbone"], config["attention"]
     model = timm.create_model(backbone["name"], pretrained=False, **backbone["kwargs"])
     linear = set(attention["linear_blocks"])
-    if not linear:
+    if linear:
+        blocks = set(range(len(model.blocks)))
+        if linear - blocks:
+            raise KeyError(f"linear_blocks {sorted(linear - blocks)}")
+        model = linearize(model, attention["feature_map"], blocks - linear)
+    if (of := config.get("segmentation")) is None:
         return model
-    blocks = set(range(len(model.blocks)))
-    if linear - blocks:
-        raise KeyError(f"linear_blocks {sorted(linear - blocks)}")
-    return linearize(model, attention["feature_map"], blocks - linear)
+    return Segmenter(model, build_head(of["head"], model.embed_dim, of["num_classes"], **of["kwargs"]))
 
 
 def _check_backbone(backbone: Mapping[str, Any]) -> None:
@@ -138,6 +151,13 @@ def _check_backbone(backbone: Mapping[str, Any]) -> None:
         finite = all(math.isfinite(item) for item in items if isinstance(item, float))
         if name in _NOT_OF_THE_ARCHITECTURE or not plain or not finite or (name == "depth" and value > MAX_DEPTH):
             raise KeyError(f"backbone.kwargs: {name} {value!r}"[:100])
+
+
+def _check_head(config: Mapping[str, Any]) -> None:
+    """Raises KeyError unless the keywords of a head, if there is one, are numbers that end soon."""
+    for name, value in config.get("segmentation", {"kwargs": {}})["kwargs"].items():
+        if not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
+            raise KeyError(f"segmentation.kwargs: {name} {value!r}"[:100])
 
 
 _NOT_OF_THE_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
