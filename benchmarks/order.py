@@ -29,7 +29,7 @@ from ffcv.traversal_order.quasi_random import generate_order_inner
 
 from benchmarks.common import ROOT, markdown
 from data import epoch_order, train_loader, windowed_order
-from data.augment import RandomViewDecoder
+from data.decode import RandomViewDecoder
 from data.order import RUN_BYTES
 from data.write import write
 
@@ -182,7 +182,7 @@ def work(
     for number in itertools.count():
         before, images, since = bytes_read(), 0, time.perf_counter()
         if kind == "windowed":  # as its own `epoch` does, without normalising, which FFCV is not asked for either
-            epoch = EpochIterator(loader._ffcv, loader._share(number, 0)[0].astype(np.uint64))
+            epoch = EpochIterator(loader._ffcv, np.concatenate(loader._share(number, 0)[0]).astype(np.uint64))
         else:
             epoch = iter(loader)
         for values in epoch:

@@ -6,10 +6,12 @@ Writing is `python -m data.write`, or `from data.write import write`.
 from data import _ffcv  # before all that import FFCV
 from data.augment import lots
 from data.beton import DamagedError, Info, inspect
-from data.loader import Loader, eval_loader, resolve, train_loader
+from data.decode import IGNORE
+from data.loader import Loader, eval_loader, original_loader, resolve, train_loader
 from data.order import choose_order, epoch_order, windowed_order
 
 __all__ = [
+    "IGNORE",
     "DamagedError",
     "Info",
     "Loader",
@@ -18,6 +20,7 @@ __all__ = [
     "eval_loader",
     "inspect",
     "lots",
+    "original_loader",
     "resolve",
     "train_loader",
     "windowed_order",

@@ -1,4 +1,4 @@
-"""What a sample looks like: random resized crop and flip, as a pure function of (seed, epoch, sample index).
+"""What a sample looks like: crop, size, flip and colours, as a pure function of (seed, epoch, sample index).
 
 FFCV's own random decoders draw from numba's per-thread generator, so their views change from run to run and with the
 number of workers. Here every draw is a counter-based hash (splitmix64) of (seed, epoch, index, number of the draw): the
@@ -6,18 +6,9 @@ same sample gets the same view whatever the workers, the batch size, the rank, a
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 
 import numba
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.state import State
-
-from data.checksum import checksum_at
 
 Pair = tuple[float, float]
 
@@ -107,7 +98,133 @@ def centre_view(height, width, aspect, crop_pct):
 
 
 @numba.njit(nogil=True)
-def _enlarge(source, top, left, h, w, out):
+def masked_view(seed, epoch, index, mask, size, resize, hflip, max_share):
+    """Random resize, crop and flip of an image with a mask, by the rules of segmentation's usual recipe (mmseg's).
+
+    The image is resized by a random factor, then cropped to `size`; where it has become smaller than that, the rest of
+    the view is padding, at the right and below. A crop in which one class covers more than `max_share` of the labelled
+    pixels, or in which none is labelled, is drawn again, up to 10 times; then the last one stays.
+
+    Args:
+        seed, epoch, index: what the view is a function of.
+        mask: uint8 [H, W], as stored; 255 is not labelled.
+        size: (height, width) of the view, pixels.
+        resize: (least, most) factor of the resize; 1 makes the image's shorter side the view's.
+        hflip: probability of a flip.
+        max_share: above 0; 1 allows a crop of one class.
+
+    Returns:
+        (top, left, height, width, flip) of the crop in the stored image, and (height, width) of what it fills, pixels.
+    """
+    height, width = mask.shape
+    flip = uniform(seed, epoch, index, 0) < hflip
+    factor = resize[0] + (resize[1] - resize[0]) * uniform(seed, epoch, index, 1)
+    factor *= min(size) / min(height, width)
+    h, rows = _cut(height, size[0], factor)
+    w, columns = _cut(width, size[1], factor)
+    top, left = 0, 0
+    for attempt in range(10):
+        top = np.int64(uniform(seed, epoch, index, 2 + 2 * attempt) * (height - h + 1))
+        left = np.int64(uniform(seed, epoch, index, 3 + 2 * attempt) * (width - w + 1))
+        if _is_varied(mask, top, left, h, w, max_share):
+            break
+    return top, left, h, w, flip, rows, columns
+
+
+@numba.njit(nogil=True)
+def _cut(side, wanted, factor):
+    """A side of a crop, of `side` pixels at most, that fills `wanted` pixels when resized; and what it really fills."""
+    cut = max(np.int64(1), np.int64(round(wanted / factor)))
+    if cut <= side:
+        return cut, np.int64(wanted)
+    return np.int64(side), min(np.int64(wanted), max(np.int64(1), np.int64(round(side * factor))))
+
+
+@numba.njit(nogil=True)
+def _is_varied(mask, top, left, h, w, max_share):
+    """Whether a crop has labelled pixels, and no class more than `max_share` of them."""
+    counts = np.zeros(256, np.int64)
+    for y in range(top, top + h):
+        for x in range(left, left + w):
+            counts[mask[y, x]] += 1
+    labelled = counts[:255].sum()
+    return labelled > 0 and counts[:255].max() <= max_share * labelled
+
+
+@numba.njit(nogil=True)
+def nearest(source, top, left, h, w, out):
+    """Nearest-neighbour resize of a crop of labels, which are never mixed: uint8 [H, W] -> uint8 out [H', W', 1].
+
+    A pixel takes the label at its centre. The images' resizes have their pixels' centres at the same places.
+    """
+    rows, columns = out.shape[0], out.shape[1]
+    for y in range(rows):
+        for x in range(columns):
+            out[y, x, 0] = source[top + (2 * y + 1) * h // (2 * rows), left + (2 * x + 1) * w // (2 * columns)]
+
+
+@numba.njit(nogil=True)
+def distort(image, seed, epoch, index):
+    """Random brightness, contrast, saturation and hue, each with probability 1/2: uint8 [H, W, 3], in place.
+
+    SSD's photometric distortion, arXiv 1512.02325, with the ranges usual in segmentation (mmseg's): 32 grey levels up
+    or down, factors 0.5 to 1.5, hue by up to 36 degrees; contrast before or after the colours.
+    """
+    brightness = _maybe(seed, epoch, index, 22, -32.0, 32.0, 0.0)
+    contrast = _maybe(seed, epoch, index, 24, 0.5, 1.5, 1.0)
+    saturation = _maybe(seed, epoch, index, 26, 0.5, 1.5, 1.0)
+    turn = _maybe(seed, epoch, index, 28, -0.6, 0.6, 0.0)  # sixths of a circle
+    early = uniform(seed, epoch, index, 30) < 0.5
+    before, after = (contrast, 1.0) if early else (1.0, contrast)
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            r, g, b = (
+                _clip(_clip(image[y, x, 0] + brightness) * before),
+                _clip(_clip(image[y, x, 1] + brightness) * before),
+                _clip(_clip(image[y, x, 2] + brightness) * before),
+            )
+            value = max(r, g, b)
+            spread = value - min(r, g, b)
+            if spread > 0 and (saturation != 1 or turn != 0):  # HSV's, hue in sixths of a circle
+                if value == r:
+                    hue = (g - b) / spread
+                elif value == g:
+                    hue = (b - r) / spread + 2
+                else:
+                    hue = (r - g) / spread + 4
+                hue, spread = hue + turn, min(spread * saturation, value)
+                r, g, b = (
+                    _channel(5, hue, value, spread),
+                    _channel(3, hue, value, spread),
+                    _channel(1, hue, value, spread),
+                )
+            image[y, x, 0] = np.uint8(_clip(r * after) + 0.5)
+            image[y, x, 1] = np.uint8(_clip(g * after) + 0.5)
+            image[y, x, 2] = np.uint8(_clip(b * after) + 0.5)
+
+
+@numba.njit(nogil=True)
+def _maybe(seed, epoch, index, draw, low, high, otherwise):
+    """A number in low..high with probability 1/2, else `otherwise`; takes draws `draw` and the next."""
+    if uniform(seed, epoch, index, draw) < 0.5:
+        return low + (high - low) * uniform(seed, epoch, index, draw + 1)
+    return otherwise
+
+
+@numba.njit(nogil=True)
+def _clip(x):
+    return min(max(x, 0.0), 255.0)
+
+
+@numba.njit(nogil=True)
+def _channel(n, hue, value, spread):
+    """HSV to RGB: red is n = 5, green 3, blue 1."""
+    k = (n + hue) % 6
+    return value - spread * max(0.0, min(k, 4 - k, 1.0))
+
+
+@numba.njit(nogil=True)
+def enlarge(source, top, left, h, w, out):
     """Bilinear resize of a crop: uint8 [H, W, 3] -> uint8 out [H', W', 3]."""
     rows, columns = out.shape[0], out.shape[1]
     for y in range(rows):
@@ -127,123 +244,10 @@ def _enlarge(source, top, left, h, w, out):
 
 
 @numba.njit(nogil=True)
-def _flip(image):
+def mirror(image):
     """Mirrors [H, W, C] in place."""
     width = image.shape[1]
     for y in range(image.shape[0]):
         for x in range(width // 2):
             for c in range(image.shape[2]):
                 image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
-
-
-class _ViewDecoder(SimpleRGBImageDecoder):
-    """FFCV decoder: stored image -> a view of it at the output size, uint8 [H, W, 3].
-
-    Args:
-        output_size: (height, width), pixels.
-        state: int64 [3], (seed, epoch, 1 + the index of a damaged image or 0). The compiled code reads it through
-            its address at every batch, so a new epoch needs no new compilation. The caller keeps it alive.
-
-    Attributes:
-        checksums: uint64 [num_samples] of the stored bytes, or None where the file has none; set before compilation.
-    """
-
-    def __init__(self, output_size: tuple[int, int], state: np.ndarray):
-        super().__init__()
-        self.output_size = output_size
-        self.state = state
-        self.checksums: np.ndarray | None = None
-
-    def view(self) -> Callable:
-        """A jitted (seed, epoch, index, height, width) -> (top, left, height, width, flip)."""
-        raise NotImplementedError
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape, dtype = (*self.output_size, 3), np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
-
-    def generate_code(self) -> Callable:
-        address, rows, columns = self.state.ctypes.data, self.output_size[0], self.output_size[1]
-        jpg, mem_read, my_range, view = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator(), self.view()
-        imdecode_c, resize_crop_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        known = np.zeros(0, np.uint64) if self.checksums is None else self.checksums
-        known_address, count = known.ctypes.data, len(known)
-
-        def decode(batch_indices, destination, metadata, storage_state):
-            state = numba.carray(address_as_void_pointer(address), 3, dtype=np.int64)
-            checksums = numba.carray(address_as_void_pointer(known_address), count, dtype=np.uint64)
-            seed, epoch = state[0], state[1]
-            for slot in my_range(len(batch_indices)):
-                index = batch_indices[slot]
-                field = metadata[index]
-                stored = mem_read(field["data_ptr"], storage_state)
-                if count > 0 and checksum_at(stored.ctypes.data, stored.size) != checksums[index]:
-                    state[2] = np.int64(index) + 1
-                    continue  # a decoder is not to be trusted with it
-                height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                if field["mode"] == jpg:
-                    image = np.empty((height, width, 3), dtype=np.uint8)
-                    if imdecode_c(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                        state[2] = np.int64(index) + 1
-                else:
-                    image = stored.reshape(height, width, 3)
-                top, left, h, w, flip = view(seed, epoch, index, height, width)
-                # FFCV's resize averages areas: right for shrinking, but blocky like nearest neighbour for enlarging.
-                if h * w < rows * columns:
-                    _enlarge(image, top, left, h, w, destination[slot])
-                else:
-                    resize_crop_c(image, top, top + h, left, left + w, destination[slot])
-                if flip:
-                    _flip(destination[slot])
-            return destination[: len(batch_indices)]
-
-        decode.is_parallel = True
-        return decode
-
-
-@numba.extending.intrinsic
-def address_as_void_pointer(typingctx, address):
-    """An integer as void*, for `numba.carray`."""
-    from numba.core import cgutils, types
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.uintp), codegen
-
-
-class RandomViewDecoder(_ViewDecoder):
-    """`random_view` of each image, resized to `output_size`."""
-
-    def __init__(
-        self, output_size: tuple[int, int], state: np.ndarray, scale: Pair = (0.08, 1.0), ratio: Pair = (3 / 4, 4 / 3),
-        hflip: float = 0.5,
-    ):  # fmt: skip
-        super().__init__(output_size, state)
-        self.scale, self.ratio, self.hflip = tuple(map(float, scale)), tuple(map(float, ratio)), float(hflip)
-
-    def view(self) -> Callable:
-        scale, ratio, hflip = self.scale, self.ratio, self.hflip
-
-        @numba.njit(nogil=True)
-        def view(seed, epoch, index, height, width):
-            return random_view(seed, epoch, index, height, width, scale, ratio, hflip)
-
-        return view
-
-
-class CentreViewDecoder(_ViewDecoder):
-    """`centre_view` of each image, resized to `output_size`: the same in every epoch."""
-
-    def __init__(self, output_size: tuple[int, int], state: np.ndarray, crop_pct: float = 1.0):
-        super().__init__(output_size, state)
-        self.crop_pct = float(crop_pct)
-
-    def view(self) -> Callable:
-        aspect, crop_pct = self.output_size[1] / self.output_size[0], self.crop_pct
-
-        @numba.njit(nogil=True)
-        def view(seed, epoch, index, height, width):
-            return centre_view(height, width, aspect, crop_pct)
-
-        return view

@@ -1,5 +1,7 @@
 """A look at a .beton file before FFCV maps it: FFCV reads a damaged one until it crashes (SIGBUS, SIGSEGV).
 
+A mask (field `mask`) has its image's size and is stored as runs, see `data.runs`.
+
 A file from `data.write` carries a checksum of each stored image (field `checksum`) and mask (`mask_checksum`),
 compared when they are decoded, and a SHA-256 of all its tables, those checksums and the labels among them, compared
 here. It lies in the last bytes of the checksum field's arguments, which FFCV leaves empty: it goes where the file goes.
@@ -11,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.fields import BytesField, IntField, NDArrayField, RGBImageField
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
+
+from data.runs import LONGEST as RUN_LENGTH
 
 WRITE_AGAIN = "write it again with python -m data.write"
 _JPEG_PIXELS = (
@@ -36,7 +40,9 @@ class Info:
     has_labels: bool
     has_masks: bool
     max_label: int | None  # None without labels
-    classes: list[str] | None  # from the JSON beside the file; None without it or without labels
+    classes: list[str] | None  # of the labels, from the JSON beside the file; None without it or without labels
+    mask_classes: list[str] | None  # of the masks, in the order of their values, from the JSON; likewise
+    palette: list[list[int]] | None  # of the masks' classes, (R, G, B) in 0..255, from the JSON; likewise
     sha256: str | None  # of the file when it was written, from the JSON beside it
     max_size: tuple[int, int]  # largest stored (height, width), pixels
     fields: tuple[str, ...]  # names of FFCV's fields
@@ -82,7 +88,11 @@ def inspect(path: str | Path) -> Info:
 
 
 def open_checked(path: str | Path) -> tuple[Info, dict[str, np.ndarray]]:
-    """`inspect`, and the columns that are there: `label` int64 [n], `checksum` and `mask_checksum` uint64 [n]."""
+    """`inspect`, and the columns that are there.
+
+    `image` and `mask` uint64 [n], where they are stored; `size` int64 [n, 2], (height, width); `label` int64 [n];
+    `checksum` and `mask_checksum` uint64 [n].
+    """
     path = Path(path)
     if not path.is_file():
         what = "is a folder, not a .beton file" if path.is_dir() else "no such file"
@@ -144,7 +154,9 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
             raise _truncated(path, size, expected) if size < expected else damaged
         return sizes[at]
 
-    reader_regions = sum(isinstance(handler, RGBImageField | NDArrayField) for handler in reader.handlers.values())
+    reader_regions = sum(
+        isinstance(handler, RGBImageField | BytesField | NDArrayField) for handler in reader.handlers.values()
+    )
     if np.any(pointers > end) or np.any(sizes > end - pointers):
         raise damaged
     image = reader.metadata[columns["image"]]
@@ -155,11 +167,13 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
         raise damaged
     if np.any(pixels[~raw] // 3 > _JPEG_PIXELS * image_sizes[~raw]):
         raise damaged
-    mask = reader.handlers.get("mask")
+    mask, stored_mask = reader.handlers.get("mask"), None
     if mask is not None:
-        if type(mask) is not NDArrayField or mask.dtype != np.uint8 or len(mask.shape) != 2:
-            raise ValueError(f"{path}: its field `mask` is not of uint8 arrays [H, W]; {WRITE_AGAIN}")
-        if np.any(stored_sizes(reader.metadata[columns["mask"]]) != mask.element_size):
+        if type(mask) is not BytesField:
+            raise ValueError(f"{path}: its field `mask` is not of masks stored as runs; {WRITE_AGAIN}")
+        stored_mask = reader.metadata[columns["mask"]]
+        longest = RUN_LENGTH * (stored_sizes(stored_mask["ptr"]) // np.uint64(2))  # pixels that as many runs may fill
+        if np.any(stored_sizes(stored_mask["ptr"]) != stored_mask["size"]) or np.any(longest < pixels // np.uint64(3)):
             raise damaged
     digest = _check_digest(reader, damaged)
     if side is not None and digest and side.get("digest") != side_digest(side, digest):
@@ -171,6 +185,10 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
         for name, kind in kinds.items()
         if isinstance(reader.handlers.get(name), IntField) and (digest or name == "label")
     }
+    read["image"] = np.ascontiguousarray(image["data_ptr"])
+    read["size"] = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
+    if stored_mask is not None:
+        read["mask"] = np.ascontiguousarray(stored_mask["ptr"])
     labels = read.get("label")
     info = Info(
         path=path,
@@ -179,6 +197,8 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
         has_masks=mask is not None,
         max_label=None if labels is None else int(labels.max()),
         classes=side.get("classes") if side and labels is not None else None,
+        mask_classes=side.get("mask_classes") if side and mask is not None else None,
+        palette=side.get("palette") if side and mask is not None else None,
         sha256=side.get("sha256") if side else None,
         max_size=(int(image["height"].max()), int(image["width"].max())),
         fields=tuple(reader.handlers),
@@ -211,14 +231,22 @@ def _read_side(path: Path) -> dict | None:
         return None
     try:
         content = json.loads(side.read_text())
-        size, sha256, classes = content.get("bytes", 0), content.get("sha256", ""), content.get("classes") or []
-        if not isinstance(size, int) or not isinstance(sha256, str) or not isinstance(classes, list):
+        size, sha256 = content.get("bytes", 0), content.get("sha256", "")
+        classes, mask_classes, palette = (content.get(name) or [] for name in ("classes", "mask_classes", "palette"))
+        lists = isinstance(classes, list) and isinstance(mask_classes, list) and isinstance(palette, list)
+        if not isinstance(size, int) or not isinstance(sha256, str) or not lists:
             raise ValueError("`bytes`, `sha256` or `classes` is of another type")
-        if not all(isinstance(name, str) for name in classes):
+        if not all(isinstance(name, str) for name in [*classes, *mask_classes]):
             raise ValueError("`classes` are not names")
+        if len(palette) != len(mask_classes) or not all(_is_colour(colour) for colour in palette):
+            raise ValueError("`palette` is not a colour a class")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{side}: not such a file ({error}); delete it or {WRITE_AGAIN}") from error
     return content
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
 
 
 def _truncated(path: Path, size: int, expected: int) -> ValueError:

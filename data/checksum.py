@@ -31,7 +31,7 @@ def _load(bits: int):
     return load
 
 
-_load_64, _load_32, _load_8 = _load(64), _load(32), _load(8)
+_load_64, _load_32, load_8 = _load(64), _load(32), _load(8)
 
 
 @numba.njit(nogil=True, inline="always")
@@ -82,7 +82,7 @@ def checksum_at(address, size):
         total = _rotate(total ^ (_load_32(at) * _1), 23) * _2 + _3
         at += 4
     while end - at >= 1:
-        total = _rotate(total ^ (_load_8(at) * _5), 11) * _1
+        total = _rotate(total ^ (load_8(at) * _5), 11) * _1
         at += 1
     total = (total ^ (total >> np.uint64(33))) * _2
     total = (total ^ (total >> np.uint64(29))) * _3

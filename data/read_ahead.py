@@ -26,25 +26,25 @@ class RunReader:
 
     Attributes:
         runs: int64 [num_samples], the run that each sample lies in.
-        begin, end: int64 [runs], the bytes of the file that hold the images of each run.
+        begin, end: int64 [runs], the bytes of the file that hold the samples of each run.
     """
 
-    def __init__(self, manager: OSCacheManager, image_ptrs: np.ndarray, ahead: int):
+    def __init__(self, manager: OSCacheManager, pointers: list[np.ndarray], ahead: int):
         """What an epoch's reading needs.
 
         Args:
             manager: FFCV's.
-            image_ptrs: uint64 [num_samples], where each image begins in the file.
+            pointers: uint64 [num_samples] each, where what is decoded of each sample begins in the file: images, masks.
             ahead: runs that are read before they are needed.
         """
         self.manager, self.ahead = manager, ahead
-        sizes = manager.sizes[np.searchsorted(manager.ptrs, image_ptrs)]
-        image_ptrs = image_ptrs.astype(np.int64)
-        self.runs = image_ptrs // RUN_BYTES
+        self.runs = pointers[0].astype(np.int64) // RUN_BYTES
         self.begin = np.full(self.runs.max() + 1, np.iinfo(np.int64).max)
         self.end = np.zeros(len(self.begin), np.int64)
-        np.minimum.at(self.begin, self.runs, image_ptrs)
-        np.maximum.at(self.end, self.runs, image_ptrs + sizes.astype(np.int64))
+        for begin in pointers:
+            sizes = manager.sizes[np.searchsorted(manager.ptrs, begin)].astype(np.int64)
+            np.minimum.at(self.begin, self.runs, begin.astype(np.int64))
+            np.maximum.at(self.end, self.runs, begin.astype(np.int64) + sizes)
 
     def schedule_epoch(self, batches: list[np.ndarray]) -> "ReadAhead":
         """Called by FFCV at an epoch's start, with each batch's sample indices."""

@@ -23,6 +23,9 @@ from data.corrupt import check
 SIDE = 64  # pixels of a canvas
 COUNTS = {"train": 8192, "val": 2048}
 CLASSES = [str(digit) for digit in range(10)]
+MASK_CLASSES = ["background", *CLASSES]
+_HUES = cv2.applyColorMap(np.arange(0, 250, 25, dtype=np.uint8)[:, None], cv2.COLORMAP_HSV)[:, 0]
+PALETTE = [[24, 24, 24], *_HUES.tolist()]
 _GLYPH = 40  # pixels of a digit's smooth version, from which all sizes are drawn
 
 
@@ -36,7 +39,7 @@ class Digits:
         ValueError: `split` is neither "train" nor "val".
     """
 
-    classes = CLASSES
+    classes, mask_classes, palette = CLASSES, MASK_CLASSES, PALETTE
 
     def __init__(self, split: str):
         if split not in COUNTS:
@@ -76,7 +79,7 @@ class Digits:
 
 
 def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
-    """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/vit-linearizer/digits-v2/`.
+    """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/vit-linearizer/digits-v3/`.
 
     With `corruption`, (name, severity), of the split's shifted copy, see `data.corrupt`.
 
@@ -92,7 +95,7 @@ def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
     if corruption is not None:
         check(*corruption)
         name = f"{split}-{corruption[0]}-{corruption[1]}"
-    path = cache / "vit-linearizer" / "digits-v2" / f"{name}.beton"
+    path = cache / "vit-linearizer" / "digits-v3" / f"{name}.beton"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / ".lock", "w") as lock:
@@ -101,8 +104,8 @@ def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
                 from data.write import write
 
                 # One worker: several would lay out the pages in the order they finish, and the file's hash would vary.
-                source = "scikit-learn load_digits"
-                write(dataset, path, raw_share=1.0, workers=1, corruption=corruption, source=source, progress=False)
+                how = {"raw_share": 1.0, "workers": 1, "allow_empty": True, "progress": False}
+                write(dataset, path, corruption=corruption, source="scikit-learn load_digits", **how)
     except PermissionError as error:
         raise OSError(f"{path.parent}: not writable; set XDG_CACHE_HOME to a folder that is") from error
     return path
@@ -111,8 +114,7 @@ def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
 def contact_sheet(split: str, rows: int = 8, columns: int = 12, zoom: int = 2) -> np.ndarray:
     """The first images of a split beside their masks: uint8 [H, W, 3], RGB."""
     dataset, gap = Digits(split), 4
-    hues = cv2.applyColorMap(np.arange(0, 250, 25, dtype=np.uint8)[:, None], cv2.COLORMAP_HSV)[:, 0]
-    palette = np.vstack([np.full((1, 3), 24, dtype=np.uint8), hues])
+    palette = np.array(PALETTE, dtype=np.uint8)
     sheet = np.full((rows * (SIDE * zoom + gap) + gap, columns * (SIDE * zoom + gap) + gap, 3), 255, dtype=np.uint8)
     for cell in range(rows * columns):
         image, _, mask = dataset[cell // 2]

@@ -35,7 +35,7 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder; give a folder of images")
-        self.files = _image_files(self.root)
+        self.files = image_files(self.root)
         if not self.files:
             raise ValueError(f"{self.root}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
         depths = {len(file.parts) for file in self.files}
@@ -75,13 +75,22 @@ def read_image(path: Path) -> np.ndarray:
     """The pixels of an image file: uint8 [H, W, 3], see `to_rgb`.
 
     Raises:
+        ValueError, OSError, Image.DecompressionBombError: see `open_image`.
+    """
+    with open_image(path) as image:
+        return to_rgb(image)
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file, to be used as a context.
+
+    Raises:
         ValueError, OSError, Image.DecompressionBombError: it cannot be read, or has more than twice
             `Image.MAX_IMAGE_PIXELS`.
     """
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("is no regular file, or a link that leads nowhere")
-    with Image.open(path, formats=_FORMATS) as image:
-        return to_rgb(image)
+    return Image.open(path, formats=_FORMATS)
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -106,7 +115,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _image_files(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
     """Paths of the images under a folder, relative to it and sorted; hidden files and folders are passed over."""
     found = []
     chains = {str(root): (root.resolve(),)}  # where a folder really lies, after those that led to it

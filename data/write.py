@@ -14,6 +14,7 @@ import os
 import queue
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,17 +22,19 @@ from typing import Any, NoReturn
 
 import cv2
 import numpy as np
-from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.fields import BytesField, IntField, RGBImageField
 from ffcv.fields.rgb_image import resizer
 from ffcv.memory_allocator import MemoryAllocator
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
 from tqdm import tqdm
 
-from data import corrupt
+from data import corrupt, segmentation
 from data.beton import inspect, put_digest, side_digest, side_file, tables_digest
 from data.checksum import checksum
+from data.decode import IGNORE
 from data.layouts import LAYOUTS, Arrays, Files, open_source
+from data.runs import encode_runs
 from data.sources import MAX_SIDE, ImageFolder, to_rgb
 
 CHUNK = 64  # samples a process takes at a time
@@ -52,6 +55,9 @@ def write(
     image_key: str = "image",
     label_key: str = "label",
     classes: Sequence[str] | None = None,
+    mask_classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    allow_empty: bool = False,
     source: str | None = None,
     progress: bool = True,
 ) -> dict:
@@ -60,8 +66,8 @@ def write(
     Args:
         dataset: an indexable object with a length, such as a torchvision or Hugging Face dataset. Its items are an
             image, (image, label), (image, label, mask), or a dict with `image_key` and, if labelled, `label_key` and
-            `mask`. An image is a PIL image or a uint8 array [H, W, 3]; a mask is a uint8 array [H, W], of one size in
-            all items.
+            `mask`. An image is a PIL image or a uint8 array [H, W, 3]; a mask is integers [H, W] beside it: classes, or
+            255 where none is labelled.
         out: the file; replaced only when the new one is complete.
         max_side: larger images are shrunk to this longer side, pixels.
         quality: of the JPEGs, 1..100.
@@ -74,13 +80,18 @@ def write(
             `max_side`.
         seed: of the corruption's noise, which is a function of it and of an item's index.
         classes: names of the classes; by default the dataset's own (`classes`, or the label feature's `names`).
+        mask_classes: names of the masks' classes; by default the dataset's own (`mask_classes`), else their numbers.
+        palette: (R, G, B) of each of them, for pictures; by default the dataset's own (`palette`), else Pascal VOC's.
+        allow_empty: let masks' classes have no pixel; as a small validation set may, and no training set should.
         source: what to record as the source; by default the dataset's type.
 
     Returns:
-        What the JSON holds: classes, count, source, settings, bytes, sha256, skipped, digest.
+        What the JSON holds: classes, count, source, settings, bytes, sha256, skipped, digest; with masks also
+        mask_classes, palette, pixels (of each class) and unlabelled (pixels without one).
 
     Raises:
-        ValueError: a setting out of its range, an empty dataset, or unreadable items (named in the message).
+        ValueError: a setting out of its range, an empty dataset, unreadable items (named in the message), or classes
+            of masks without a pixel.
         OSError: the file cannot be written, such as no space left. Nothing was overwritten.
     """
     out = Path(out)
@@ -91,17 +102,21 @@ def write(
         raise ValueError(f"{out}: is a folder; name a file such as {out / 'train.beton'}")
     if len(dataset) == 0:
         raise ValueError(f"{source or type(dataset).__name__}: holds no images")
-    read = _Items(dataset, image_key, label_key)
+    mask_classes = getattr(dataset, "mask_classes", None) if mask_classes is None else mask_classes
+    palette = getattr(dataset, "palette", None) if palette is None else palette
+    read = _Items(dataset, image_key, label_key, IGNORE if mask_classes is None else len(mask_classes))
     if corruption is not None:
         read = _Corrupted(read, max_side, *corruption, seed)
     fields = _fields(read, max_side, quality, raw_share, smart_threshold)
-    name_of = dataset.name if isinstance(dataset, ImageFolder | Files | Arrays) else "item {}".format
+    name_of = (
+        dataset.name if isinstance(dataset, ImageFolder | Files | Arrays | segmentation.Pairs) else "item {}".format
+    )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     side_aside = out.with_name(f".{out.name}.{os.getpid()}.json.tmp")
     try:
-        unreadable = _write_pages(read, aside, fields, _page_size(max_side), workers or _cores(), progress)
+        unreadable, pixels = _write_pages(read, aside, fields, _page_size(max_side), workers or _cores(), progress)
         skipped = [{"name": name_of(index), "reason": reason} for index, reason in sorted(unreadable.items())]
         if skipped:
             _report(skipped, len(dataset), progress)
@@ -122,6 +137,8 @@ def write(
             "sha256": _sha256(aside),
             "skipped": skipped,
         }  # fmt: skip
+        if "mask" in fields:
+            content |= _masks(pixels, mask_classes, palette, allow_empty, content["source"])
         content["digest"] = side_digest(content, info.digest)
         side_aside.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(aside, out)
@@ -140,8 +157,9 @@ def write(
 class _Items:
     """A dataset's items as dicts with `image` and, where given, `label` and `mask`."""
 
-    def __init__(self, dataset: Any, image_key: str, label_key: str):
+    def __init__(self, dataset: Any, image_key: str, label_key: str, num_mask_classes: int):
         self.dataset, self.image_key, self.label_key = dataset, image_key, label_key
+        self.num_mask_classes = num_mask_classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -163,8 +181,16 @@ class _Items:
                 raise ValueError(f"label {label} is below 0")
             item["label"] = label
         if "mask" in item:
-            item["mask"] = np.ascontiguousarray(item["mask"], dtype=np.uint8)
+            item["mask"] = self._mask(np.asarray(item["mask"]), item["image"].shape[:2])
         return item
+
+    def _mask(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        if mask.dtype.kind not in "biu" or mask.shape != size:
+            raise ValueError(f"its mask is {mask.dtype} {list(mask.shape)}, not integers {list(size)} as its image")
+        outside = (mask < 0) | (mask >= self.num_mask_classes) & (mask != IGNORE)
+        if outside.any():
+            raise ValueError(f"its mask has class {mask[outside][0]}, of {self.num_mask_classes} and {IGNORE}")
+        return np.ascontiguousarray(mask, dtype=np.uint8)
 
 
 class _Corrupted:
@@ -204,10 +230,14 @@ class _Allocator(MemoryAllocator):
         return pointer, buffer
 
 
-def _write_pages(
-    read: _Items, path: Path, fields: dict, page_size: int, workers: int, progress: bool
-) -> dict[int, str]:  # fmt: skip
-    """Writes the file; returns {index: reason} of the unreadable items, which it leaves out."""
+Written = tuple[dict[int, str], np.ndarray]
+
+
+def _write_pages(read: _Items, path: Path, fields: dict, page_size: int, workers: int, progress: bool) -> Written:
+    """Writes the file; returns {index: reason} of the unreadable items, which it leaves out, and pixels a mask's value.
+
+    The pixels are int64 [256], of all masks written.
+    """
     while True:
         try:
             return _write_once(read, path, fields, page_size, workers, progress)
@@ -215,7 +245,7 @@ def _write_pages(
             page_size = 1 << (error.args[0] - 1).bit_length()
 
 
-def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers: int, progress: bool) -> dict[int, str]:
+def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers: int, progress: bool) -> Written:
     count = len(read)
     writer = DatasetWriter(str(path), fields, page_size=page_size, num_workers=workers)
     writer.num_samples = count
@@ -231,7 +261,7 @@ def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers:
     done, taken, messages = context.Value("Q", 0), context.Value("Q", 0), context.Queue()
     work = (read, fields, metadata, allocator, taken, done, messages, os.getpid())
     processes = [context.Process(target=_work, args=work, daemon=True) for _ in range(min(workers, -(-count // CHUNK)))]
-    allocations, unreadable, finished = [], {}, 0
+    allocations, unreadable, pixels, finished = [], {}, np.zeros(256, np.int64), 0
     try:
         for process in processes:
             process.start()
@@ -250,6 +280,7 @@ def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers:
                     unreadable[values[0]] = values[1]
                 else:
                     allocations += values[0]
+                    pixels += values[1]
                     finished += 1
             bar.update(count - bar.n)
     finally:
@@ -282,7 +313,7 @@ def _write_once(read: _Items, path: Path, fields: dict, page_size: int, workers:
         file.write(descriptors.tobytes())
         file.flush()
         os.fsync(file.fileno())
-    return unreadable
+    return unreadable, pixels
 
 
 def _work(read: _Items, fields, metadata, allocator, taken, done, messages, parent: int) -> None:
@@ -291,6 +322,7 @@ def _work(read: _Items, fields, metadata, allocator, taken, done, messages, pare
         signal.signal(number, signal.SIG_IGN)  # the parent's handlers are not ours; it ends its processes itself
     cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork
     warnings.simplefilter("ignore")
+    pixels = np.zeros(256, np.int64)
     try:
         with allocator:
             while os.getppid() == parent:
@@ -298,31 +330,34 @@ def _work(read: _Items, fields, metadata, allocator, taken, done, messages, pare
                     start = taken.value
                     taken.value += CHUNK
                 for index in range(start, min(start + CHUNK, len(read))):
-                    reason = _store(read, index, fields, metadata, allocator)
+                    reason = _store(read, index, fields, metadata, allocator, pixels)
                     if reason:
                         messages.put(("unreadable", index, reason))
                     with done.get_lock():
                         done.value += 1
                 if start >= len(read):
                     break
-        messages.put(("done", allocator.allocations))
+        messages.put(("done", allocator.allocations, pixels))
     except (OSError, _PageTooSmallError) as error:
         messages.put(("error", error))
     except BaseException as error:
         messages.put(("error", RuntimeError(f"a writing process failed: {_one_line(error)}")))
 
 
-def _store(read: _Items, index: int, fields: dict, metadata: np.ndarray, allocator: _Allocator) -> str:
-    """Writes one sample; returns why it could not be read, or ""."""
+def _store(
+    read: _Items, index: int, fields: dict, metadata: np.ndarray, allocator: _Allocator, pixels: np.ndarray
+) -> str:  # fmt: skip
+    """Writes one sample, and adds its mask's pixels a value; returns why it could not be read, or ""."""
     try:
         item = read[index]
         expected = [name for name in fields if name not in _CHECKSUMS]
         if list(item) != expected:
             raise ValueError(f"has {', '.join(item)}, while the first item has {', '.join(expected)}")
-        if "mask" in item and item["mask"].shape != fields["mask"].shape:
-            raise ValueError(f"its mask is {item['mask'].shape}, the first one {fields['mask'].shape}")
     except Exception as error:  # a decoder may raise anything on a broken file
         return _one_line(error)
+    if "mask" in item:
+        runs = encode_runs(item["mask"])
+        item["mask"] = runs.reshape(-1)
     try:
         values = [item.get(name, 0) for name in fields]
         handle_sample(values, index, metadata.dtype.names, metadata, allocator, fields)
@@ -335,6 +370,8 @@ def _store(read: _Items, index: int, fields: dict, metadata: np.ndarray, allocat
     columns = dict(zip(fields, metadata.dtype.names, strict=True))
     for name, stored in zip(_CHECKSUMS, allocator.stored, strict=False):
         metadata[columns[name]][index] = np.uint64(checksum(stored)).view(np.int64)
+    if "mask" in item:
+        pixels += np.bincount(runs[:, 0], runs[:, 1] + 1.0, minlength=256).astype(np.int64)
     return ""
 
 
@@ -361,7 +398,7 @@ def _fields(read: _Items, max_side, quality, raw_share, smart_threshold) -> dict
     if "mask" in item:
         if max_side is not None:
             raise ValueError("max_side: images with masks are stored at their own size")
-        fields["mask"] = NDArrayField(np.dtype(np.uint8), item["mask"].shape)
+        fields["mask"] = BytesField()
     fields |= {name: IntField() for name in _CHECKSUMS[: 1 + ("mask" in item)]}
     return fields
 
@@ -391,6 +428,36 @@ def _classes(dataset: Any, label_key: str, classes: Sequence[str] | None) -> lis
         feature = (getattr(dataset, "features", None) or {}).get(label_key)
         classes = getattr(dataset, "classes", None) or getattr(feature, "names", None)
     return None if classes is None else [str(name) for name in classes]
+
+
+def _masks(pixels: np.ndarray, names, palette, allow_empty: bool, source: str) -> dict:
+    """What the JSON says of the masks."""
+    if names is None:
+        names = [str(number) for number in range(np.max(np.flatnonzero(pixels[:IGNORE]), initial=0) + 1)]
+    elif not allow_empty and (empty := [f"{i} {name}" for i, name in enumerate(names) if not pixels[i]]):
+        more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+        mend = "mend the class table, or let it pass with --allow_empty"
+        raise ValueError(f"{source}: classes without a pixel in any mask: {', '.join(empty[:10])}{more}; {mend}")
+    palette = segmentation.default_palette(len(names)) if palette is None else [list(colour) for colour in palette]
+    return {
+        "mask_classes": [str(name) for name in names],
+        "palette": palette,
+        "pixels": pixels[: len(names)].tolist(),
+        "unlabelled": int(pixels[IGNORE]),
+    }
+
+
+def _summary(content: dict) -> str:
+    """The masks' pixels a class, as shares, and the classes without one."""
+    total = max(1, sum(content["pixels"]) + content["unlabelled"])
+    counted = dict(zip(content["mask_classes"], content["pixels"], strict=True))
+    shares = [f"{name} {count / total:.2%}" for name, count in counted.items() if count]
+    shares.append(f"not labelled {content['unlabelled'] / total:.2%}")
+    lines = [f"pixels: {', '.join(shares)}"]
+    empty = [name for name, count in counted.items() if not count]
+    if empty:
+        lines.append(f"classes without a pixel: {', '.join(empty)}")
+    return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
 
 
 def _report(skipped: list[dict], total: int, progress: bool) -> None:
@@ -444,9 +511,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smart_threshold", type=int, default=100_000, help="raw bytes from which smart takes JPEG")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--unlabelled", action="store_true", help="take no labels from subfolders")
+    parser.add_argument(
+        "--task", choices=["classification", "segmentation"], default="classification",
+        help="segmentation writes a mask with each image (default classification)",
+    )  # fmt: skip
+    parser.add_argument("--masks", metavar="FOLDER", help="of any folder of images: its masks, of the same names")
+    parser.add_argument(
+        "--classes", metavar="CSV", help="what the masks' values mean, lines of value,name (default: the layout's own)"
+    )
+    parser.add_argument("--allow_empty", action="store_true", help="let a class of a training split have no pixel")
     parser.add_argument("--skip_unreadable", action="store_true", help="leave out unreadable images instead of failing")
     parser.add_argument(
-        "--layout", choices=["folder", *LAYOUTS], help="how the source is laid out (default: found out)"
+        "--layout",
+        choices=["folder", *LAYOUTS, *segmentation.LAYOUTS],
+        help="how the source is laid out (default: found out)",
     )
     parser.add_argument("--split", choices=["train", "val", "test"], help="of a data set (default: its first)")
     parser.add_argument("--corrupt", metavar="NAME", help=f"write a shifted copy: {', '.join(corrupt.CORRUPTIONS)}")
@@ -455,12 +533,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     source, out, layout, split = (options.pop(name) for name in ("source", "out", "layout", "split"))
     unlabelled, name, severity = (options.pop(name) for name in ("unlabelled", "corrupt", "severity"))
+    task, masks, classes = (options.pop(name) for name in ("task", "masks", "classes"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished file is removed
     try:
         if (name is None) != (severity is None):
             raise ValueError("corrupt, severity: give both, such as --corrupt contrast --severity 3")
         corruption = None if name is None else (name, severity)
-        folder = open_source(source, layout, split, corruption, unlabelled)
+        if task == "segmentation":
+            if unlabelled:
+                raise ValueError("unlabelled: is for classification; leave it out")
+            folder = segmentation.open_pairs(source, layout, split, masks, classes)
+            options["allow_empty"] |= split in ("val", "test")  # what is small may lack a rare class
+        elif masks or classes:
+            raise ValueError("masks, classes: belong to --task segmentation")
+        else:
+            folder = open_source(source, layout, split, corruption, unlabelled)
         print(f"{source}: {len(folder)} images, {folder.why}")
         if isinstance(folder, Arrays) and folder.corrupted:
             corruption = None
@@ -472,6 +559,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         return _fail(error)
     print(f"{out}: {content['count']} images, {content['bytes'] / 1e6:.1f} MB")
+    if "pixels" in content:
+        print(_summary(content))
     return 0
 
 

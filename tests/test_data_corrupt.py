@@ -158,7 +158,7 @@ def test_the_embedded_data_set_has_shifted_copies(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("data.samples.COUNTS", {"train": 0, "val": 30})  # the first of them
     path = resolve("digits:contrast-3", "val")
-    assert path == tmp_path / "vit-linearizer" / "digits-v2" / "val-contrast-3.beton"
+    assert path == tmp_path / "vit-linearizer" / "digits-v3" / "val-contrast-3.beton"
     assert path == resolve("digits:contrast-3", "val") and inspect(path).num_samples == 30
     image = Digits("val")[4][0]
     assert corrupt(image, "contrast", 3, 4).tobytes() in path.read_bytes() and image.tobytes() not in path.read_bytes()

@@ -25,10 +25,11 @@ from ffcv.types import HeaderType
 from ffcv.writer import DatasetWriter
 
 from data import eval_loader, inspect
-from data.augment import CentreViewDecoder
 from data.beton import open_checked, side_file
 from data.checksum import checksum
+from data.decode import CentreViewDecoder, StoredDecoder
 from data.loader import Loader
+from data.runs import encode_runs
 from data.write import write
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ class Pictures:
             raise IndexError(index)
         rng = np.random.default_rng(index)
         item = rng.integers(0, 256, (200, 210, 3), dtype=np.uint8), index % 5
-        return (*item, rng.integers(0, 6, (20, 21), dtype=np.uint8)) if self.masked else item
+        return (*item, rng.integers(0, 6, (200, 210), dtype=np.uint8)) if self.masked else item
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +89,10 @@ def test_checksums_are_xxh64_of_what_is_stored(folder):
         assert checksum(np.frombuffer(data, np.uint8)) == value
         assert checksum(np.frombuffer(b"." + data, np.uint8)[1:]) == value  # not aligned
     info, columns = open_checked(folder / "checked.beton")
-    assert info.digest and columns.keys() == {"label", "checksum", "mask_checksum"}
+    assert info.digest and columns.keys() == {"image", "mask", "size", "label", "checksum", "mask_checksum"}
     for index in range(COUNT):
-        assert columns["mask_checksum"][index] == checksum(Pictures(masked=True)[index][2].reshape(-1))
-    assert open_checked(folder / "foreign.beton")[1].keys() == {"label"}
+        assert columns["mask_checksum"][index] == checksum(encode_runs(Pictures(masked=True)[index][2]).reshape(-1))
+    assert open_checked(folder / "foreign.beton")[1].keys() == {"image", "size", "label"}
 
 
 def test_damaged_side_files(folder, tmp_path):
@@ -161,10 +162,10 @@ def test_lies_about_sizes_are_refused(folder, tmp_path):
 
 def main(path: Path) -> None:
     """Damages copies of a file and reads them: a line before each, a JSON line after."""
-    state = np.zeros(3, np.int64)
+    state, masked = np.zeros(3, np.int64), path.name == "checked.beton"
 
     def read(path: Path) -> list[dict]:
-        decoder = CentreViewDecoder((32, 32), state)
+        decoder = StoredDecoder(state) if masked else CentreViewDecoder((32, 32), state)
         loader = Loader(
             path, decoder, state, 20, 1, 0, 1, False, "cpu", torch.float32, (0, 0, 0), (1, 1, 1), workers=1
         )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import epoch_order, eval_loader, inspect, resolve, train_loader
-from data.augment import _enlarge, centre_view, random_view
+from data.augment import centre_view, enlarge, random_view
 from data.beton import side_file
 from data.write import write
 
@@ -203,7 +203,7 @@ def test_flip_and_dtype(tmp_path):
 def test_enlarging_is_bilinear():
     source = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
     out = np.empty((41, 67, 3), np.uint8)
-    _enlarge(source, 2, 3, 15, 20, out)
+    enlarge(source, 2, 3, 15, 20, out)
     crop = torch.from_numpy(source[2:17, 3:23]).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(crop, (41, 67), mode="bilinear", align_corners=False)
     assert (torch.from_numpy(out).permute(2, 0, 1) - expected[0]).abs().max() <= 0.51

@@ -139,7 +139,7 @@ def test_global_batches_are_the_same_at_any_world_size(beton, reference):
             train_loader(beton, **SETTINGS, **SAME_VIEW, rank=rank, world_size=world_size, accumulate=accumulate)
             for rank in range(world_size)
         ]
-        shares = [loader._share(1, 0)[0].reshape(loader.steps_per_epoch, -1) for loader in loaders]
+        shares = [np.concatenate(loader._share(1, 0)[0]).reshape(loader.steps_per_epoch, -1) for loader in loaders]
         assert_array_equal(np.concatenate(shares, axis=1), np.stack([batch["index"] for batch in reference]))
 
 
@@ -210,7 +210,7 @@ def test_a_file_that_shrinks_is_an_error(beton, tmp_path):
     manager = OSCacheManager(Reader(path))
     images = manager.reader.metadata["f0"]["data_ptr"]
     os.truncate(path, path.stat().st_size // 2)
-    context = RunReader(manager, images, 4).schedule_epoch([np.arange(COUNT, dtype=np.uint64)])
+    context = RunReader(manager, [images], 4).schedule_epoch([np.arange(COUNT, dtype=np.uint64)])
     with context, pytest.raises(OSError, match=r"copy\.beton: became shorter while it was read"):
         context.start_batch(0)
 
@@ -218,7 +218,7 @@ def test_a_file_that_shrinks_is_an_error(beton, tmp_path):
 def test_runs_cover_the_images(beton):
     manager = OSCacheManager(Reader(beton))
     images = manager.reader.metadata["f0"]["data_ptr"].astype(int)
-    reader = RunReader(manager, images.astype(np.uint64), 4)
+    reader = RunReader(manager, [images.astype(np.uint64)], 4)
     assert (reader.begin[reader.runs] <= images).all()
     assert (images + 3 * SIDE * SIDE <= reader.end[reader.runs]).all()
     inside = reader.end > 0

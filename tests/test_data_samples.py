@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import eval_loader, inspect, resolve
+from data import inspect, original_loader, resolve
 from data.beton import side_file
-from data.samples import CLASSES, SIDE, Digits, _glyphs, _is_whole, contact_sheet
+from data.samples import CLASSES, MASK_CLASSES, PALETTE, SIDE, Digits, _glyphs, _is_whole, contact_sheet
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +59,7 @@ def test_written_once_and_shared(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "data.samples", "--split", "val"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     asking = [subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(2)]
-    path = tmp_path / "vit-linearizer" / "digits-v2" / "val.beton"
+    path = tmp_path / "vit-linearizer" / "digits-v3" / "val.beton"
     for process in asking:
         assert process.communicate(timeout=120)[0].strip() == str(path) and process.returncode == 0
     assert sorted(file.name for file in path.parent.iterdir()) == [".lock", "val.beton", "val.beton.json"]
@@ -69,15 +69,18 @@ def test_written_once_and_shared(tmp_path, monkeypatch):
     assert resolve("digits", "val") == path and path.stat().st_mtime_ns == written
     info = inspect(path)
     assert info.has_masks and info.classes == CLASSES and info.max_label == 9
+    assert info.mask_classes == MASK_CLASSES and info.palette == PALETTE and len({*map(tuple, PALETTE)}) == 11
     dataset = Digits("val")
     assert info.num_samples == len(dataset)
-    loader = eval_loader(path, image_size=SIDE, batch_size=4, mean=(0, 0, 0), std=(1, 1, 1))
+    loader = original_loader(path, batch_size=4, mean=(0, 0, 0), std=(1, 1, 1))
     batch = next(loader.epoch(start=5))
     loader.close()
+    assert batch["index"].tolist() == [20, 21, 22, 23]
     for place, index in enumerate(batch["index"].tolist()):
-        image, label, _ = dataset[index]
+        image, label, mask = dataset[index]
         assert batch["label"][place] == label
         assert np.abs(batch["image"][place].permute(1, 2, 0).numpy() * 255 - image).max() < 1e-3
+        assert np.array_equal(batch["mask"][place], mask)
 
     content = path.read_bytes()
     assert _is_whole(path)
