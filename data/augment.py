@@ -126,7 +126,7 @@ def masked_view(seed, epoch, index, mask, size, resize, hflip, max_share):
     for attempt in range(10):
         top = np.int64(uniform(seed, epoch, index, 2 + 2 * attempt) * (height - h + 1))
         left = np.int64(uniform(seed, epoch, index, 3 + 2 * attempt) * (width - w + 1))
-        if _is_varied(mask, top, left, h, w, max_share):
+        if (h, w) == (height, width) or _is_varied(mask, top, left, h, w, max_share):  # the whole image: no other crop
             break
     return top, left, h, w, flip, rows, columns
 

@@ -1,4 +1,4 @@
-"""Masks as runs: how a .beton stores them, without loss and in a tenth of their size or less.
+"""Masks as runs: how a .beton stores them, without loss, and small where labels cover areas.
 
 A run is two bytes, its value and its length - 1; the runs follow the mask row by row, across the ends of rows. FFCV has
 no decoder of its own for compressed masks of many sizes.

@@ -346,6 +346,10 @@ def test_written_and_described(tmp_path, capsys):
     assert side["unlabelled"] == (labels == IGNORE).sum() and side["classes"] is None
     assert info.has_masks and not info.has_labels and info.mask_classes == dataset.mask_classes
     assert info.palette == default_palette(21)
+    shifted = ["--corrupt", "contrast", "--severity", "5", "--split", "train", "--raw_share", "1"]
+    assert main([str(tmp_path), str(tmp_path / "y.beton"), "--task", "segmentation", *shifted]) == 0
+    again = json.loads((tmp_path / "y.beton.json").read_text())
+    assert again["pixels"] == side["pixels"] and again["sha256"] != side["sha256"]
     content = json.dumps(side | {"palette": [[0, 0]] * 21})
     (tmp_path / "x.beton.json").write_text(content)
     with pytest.raises(ValueError, match=r"x\.beton\.json: not such a file \(`palette` is not a colour a class\)"):
