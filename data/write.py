@@ -453,11 +453,14 @@ def _summary(content: dict) -> str:
     counted = dict(zip(content["mask_classes"], content["pixels"], strict=True))
     shares = [f"{name} {count / total:.2%}" for name, count in counted.items() if count]
     shares.append(f"not labelled {content['unlabelled'] / total:.2%}")
-    lines = [f"pixels: {', '.join(shares)}"]
     empty = [name for name, count in counted.items() if not count]
-    if empty:
-        lines.append(f"classes without a pixel: {', '.join(empty)}")
-    return "\n".join(textwrap.fill(line, 120, subsequent_indent="  ") for line in lines)
+    return _listed("pixels", shares) + (_listed("\nclasses without a pixel", empty) if empty else "")
+
+
+def _listed(what: str, parts: list[str]) -> str:
+    """`what: part, part, ...` in lines that break between parts, not within: no-break spaces hold a part together."""
+    text = f"{what}: {', '.join(part.replace(' ', chr(160)) for part in parts)}"
+    return textwrap.fill(text, 120, subsequent_indent="  ", replace_whitespace=False).replace(chr(160), " ")
 
 
 def _report(skipped: list[dict], total: int, progress: bool) -> None:
