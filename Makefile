@@ -8,10 +8,10 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order bench-probe wheel clean
+.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order bench-probe bench-resolution wheel clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Build .venv and install what is missing (every other target does it too)
 	@tools/setup.sh
@@ -49,6 +49,9 @@ bench-order: setup  ## Measure the windowed order's reading and shuffling agains
 
 bench-probe: setup  ## Compare the probes with scikit-learn's, and measure their memory
 	$(PYTHON_VENV) -m benchmarks.probe $(ARGS)
+
+bench-resolution: setup  ## Measure time, memory and FLOPs of softmax and linear attention from 224 to 2048 pixels
+	$(PYTHON_VENV) -m benchmarks.resolution $(ARGS)
 
 wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
 	rm -rf build dist

@@ -1,10 +1,14 @@
 """What the benchmarks share: one stage run by the program's own command line."""
 
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +50,33 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+class Peak:
+    """Bytes held at most since `restart`, over those held when it was built: on a GPU of torch's allocator.
+
+    On a CPU of the resident set, which knows of all memory, not only of torch's: what was freed is given back first,
+    and the kernel's mark of the peak is put to now.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device if device.type == "cuda" else None
+        self.restart()
+        self.before = torch.cuda.memory_allocated(self.cuda) if self.cuda else _resident("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+
+    def __call__(self) -> int:
+        """The bytes."""
+        return (torch.cuda.max_memory_allocated(self.cuda) if self.cuda else _resident("VmHWM")) - self.before
+
+
+def _resident(which: str) -> int:
+    return int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -395,6 +395,10 @@ class Loader:
         image = image.sub_(self._mean).div_(self._std).to(self._dtype)
         return image, None if mask is None else mask.unflatten(1, (height, width))
 
+    def pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """Images of a batch before they were normalised: fp32 in 0..1."""
+        return (image.float() * self._std + self._mean) / 255
+
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.copy()).to(self.device)
 

@@ -1,11 +1,11 @@
 """Networks: softmax ViTs, their linear-attention counterparts, and what reads them. Knows nothing of training."""
 
-from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights
+from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights, take_any_size
 from .export import load, read_config, save
 from .feature_maps import FEATURE_MAPS
 from .heads import HEADS, IGNORE, Head, build_head
 from .linear_attention import LinearAttention, linear_attention
-from .linearize import check_linearizable, linear_blocks, linearize
+from .linearize import ViT, check_linearizable, linear_blocks, linearize, rotary_embeddings
 from .segmenter import Segmenter, backbone_of
 from .taps import BLOCK_MODULES, tap_names, taps
 
@@ -17,6 +17,7 @@ __all__ = [
     "Head",
     "LinearAttention",
     "Segmenter",
+    "ViT",
     "architecture",
     "backbone_of",
     "build_backbone",
@@ -30,7 +31,9 @@ __all__ = [
     "load",
     "read_config",
     "read_weights",
+    "rotary_embeddings",
     "save",
+    "take_any_size",
     "tap_names",
     "taps",
 ]

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
+from timm.layers.format import Format
 from timm.models import VisionTransformer, load_state_dict
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor, nn
@@ -195,7 +196,9 @@ def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
             raise ValueError(f"{path}: {key} is not finite; the file is damaged, or its training diverged: use another")
 
 
-def check_image_size(model: nn.Module, image_size: int | tuple[int, int] | None) -> None:
+def check_image_size(
+    model: nn.Module, image_size: int | Sequence[int] | None, setting: str = "data.image_size"
+) -> None:
     """Raises ValueError when the patch size of `model` does not divide `image_size` (pixels), unless it pads."""
     patch_embed = getattr(model, "patch_embed", None)
     patch_size = getattr(patch_embed, "patch_size", None)
@@ -203,7 +206,21 @@ def check_image_size(model: nn.Module, image_size: int | tuple[int, int] | None)
         return
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if any(s % p for s, p in zip(size, patch_size, strict=True)):
-        raise ValueError(f"data.image_size {image_size}: not a multiple of the patch size {patch_size[0]}")
+        raise ValueError(f"{setting} {image_size}: not a multiple of the patch size {patch_size[0]}")
+
+
+def take_any_size(vit: nn.Module) -> None:
+    """Let `vit` take images of any size that its patches divide, positions resized in each forward pass.
+
+    What timm's `dynamic_img_size=True` does when a model is built.
+    """
+    vit.dynamic_img_size = True
+    vit.patch_embed.strict_img_size = False
+    vit.patch_embed.flatten = False
+    vit.patch_embed.output_fmt = Format.NHWC
+    rope = getattr(vit, "rope", None)
+    if hasattr(rope, "_use_cached_embed"):  # of the kinds that timm has, one keeps to its table whatever the size
+        rope._use_cached_embed = False
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:

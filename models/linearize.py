@@ -3,20 +3,23 @@
 import copy
 from collections.abc import Collection
 
-from timm.layers import Attention
-from timm.models import VisionTransformer
-from torch import nn
+from timm.layers import Attention, AttentionRope
+from timm.models import Eva, VisionTransformer
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
 
 from .feature_maps import check_feature_map
 from .linear_attention import LinearAttention
 
+ViT = VisionTransformer | Eva
 
-def linearize(vit: nn.Module, feature_map: str = "elu1", keep_softmax: Collection[int] = ()) -> VisionTransformer:
-    """A copy of a timm `VisionTransformer` whose blocks attend linearly; `vit` itself is left as it is.
+
+def linearize(vit: nn.Module, feature_map: str = "elu1", keep_softmax: Collection[int] = ()) -> ViT:
+    """A copy of a timm `VisionTransformer` or `Eva` whose blocks attend linearly; `vit` itself is left as it is.
 
     Parameter names and values are unchanged, so are `forward_features`, `forward_intermediates`, `get_classifier`,
-    prefix tokens, qk-norm, layer scale, `requires_grad` and train or eval mode; attention dropout is gone. Covers DeiT,
-    AugReg, MAE, CLIP, SigLIP, DINOv2 with and without registers.
+    prefix tokens, qk-norm, rotary positions, layer scale, `requires_grad` and train or eval mode; attention dropout is
+    gone. Covers DeiT, AugReg, MAE, CLIP, SigLIP, DINOv2 with and without registers; EVA-02, DINOv3, PE.
 
     Args:
         vit: the softmax model.
@@ -41,18 +44,33 @@ def linearize(vit: nn.Module, feature_map: str = "elu1", keep_softmax: Collectio
 
 
 def check_linearizable(vit: nn.Module) -> None:
-    """Raises ValueError, naming the block and the reason, unless every block of `vit` has timm's plain attention."""
+    """Raises ValueError, naming the block and the reason, unless every block of `vit` has plain or rotary attention."""
     kind = type(vit).__name__
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"{kind}: not a timm VisionTransformer, it cannot be linearised; choose a ViT such as vit_*")
+    if not isinstance(vit, ViT):
+        raise ValueError(
+            f"{kind}: not a timm VisionTransformer or Eva, it cannot be linearised; choose a ViT such as vit_*"
+        )
     for i, block in enumerate(vit.blocks):
         attn = getattr(block, "attn", None)
-        if type(attn) is not Attention:
+        if type(attn) not in (Attention, AttentionRope, EvaAttention):
             what = f"has {type(attn).__name__}" if attn is not None else f"({type(block).__name__}) has no attention"
-            raise ValueError(f"{kind}: block {i} {what}; only timm's plain Attention can be linearised faithfully, "
-                             "not relative-position bias, windows or rotary embeddings")  # fmt: skip
+            raise ValueError(f"{kind}: block {i} {what}; only timm's Attention, AttentionRope and EvaAttention can be "
+                             "linearised faithfully, not relative-position bias or windows")  # fmt: skip
 
 
 def linear_blocks(vit: nn.Module) -> list[int]:
     """Indices of the blocks of `vit` that attend linearly."""
     return [i for i, block in enumerate(vit.blocks) if isinstance(block.attn, LinearAttention)]
+
+
+def rotary_embeddings(vit: nn.Module, image_size: tuple[int, int]) -> list[Tensor | None]:
+    """What `vit` gives each block's attention as `rope` for images of (height, width) pixels; None where it has none.
+
+    A vector of 2 K sines and cosines a patch; with frequencies that are learned, for each head and block.
+    """
+    rope = getattr(vit, "rope", None)
+    if rope is None:
+        return [None] * len(vit.blocks)
+    fixed = hasattr(rope, "feat_shape") and not vit.dynamic_img_size  # as Eva itself asks for it
+    embed = rope.get_embed() if fixed else rope.get_embed(shape=vit.patch_embed.dynamic_feat_size(image_size))
+    return list(embed) if vit.rope_mixed else [embed] * len(vit.blocks)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .backbones import take_any_size
 from .heads import IGNORE, Head
 from .taps import taps
 
@@ -82,11 +82,3 @@ class Segmenter(nn.Module):
 def backbone_of(model: nn.Module) -> nn.Module:
     """The timm ViT itself, of what `load` gives."""
     return model.backbone if isinstance(model, Segmenter) else model
-
-
-def take_any_size(backbone: nn.Module) -> None:
-    """What timm's `dynamic_img_size=True` does when a model is built."""
-    backbone.dynamic_img_size = True
-    backbone.patch_embed.strict_img_size = False
-    backbone.patch_embed.flatten = False
-    backbone.patch_embed.output_fmt = Format.NHWC

@@ -188,7 +188,6 @@ REFUSED = {
     "vit_relpos_small_patch16_224": (SMALL_VIT, "VisionTransformerRelPos"),
     "beit_base_patch16_224": (SMALL_VIT, "Beit"),
     "beitv2_base_patch16_224": (SMALL_VIT, "Beit"),
-    "eva02_tiny_patch14_224": (SMALL_VIT, "Eva"),
     "resnet18": ({}, "ResNet"),
     "differential": ({**SMALL_VIT, "attn_layer": "diff", "num_heads": 2}, "block 0 has DiffAttention"),
     "parallel scaling": ({**SMALL_VIT, "block_fn": ParallelScalingBlock}, r"block 0 \(ParallelScalingBlock\)"),

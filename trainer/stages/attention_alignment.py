@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models import linear_blocks, taps
+from models import linear_blocks, rotary_embeddings, taps
 from trainer.stages.base import Batch, Pass, Stage
 
 
@@ -31,17 +31,18 @@ class AttentionAlignment(Stage):
 
     def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
         """{"loss": [B]}."""
+        ropes = rotary_embeddings(self.teacher, see.image.shape[-2:])
         with taps(self.student, self.student_taps) as read:
             for i in self.blocks:
-                self.attend(self.student.blocks[i].attn, see.teacher[f"blocks.{i}.attn_in"])
+                self.attend(self.student.blocks[i].attn, see.teacher[f"blocks.{i}.attn_in"], ropes[i])
         errors = [
             F.mse_loss(read[name].float(), see.teacher[name].float(), reduction="none").mean((1, 2))
             for name in self.student_taps
         ]
         return {"loss": torch.stack(errors).mean(0)}
 
-    def attend(self, attn: torch.nn.Module, tokens: Tensor) -> Tensor:
+    def attend(self, attn: torch.nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
         """`attn(tokens)`, recomputed in backward where memory is to be saved."""
         if self.training and self.settings.train.grad_checkpointing:
-            return checkpoint(attn, tokens, use_reentrant=False)
-        return attn(tokens)
+            return checkpoint(attn, tokens, rope=rope, use_reentrant=False)
+        return attn(tokens, rope=rope)

@@ -3,14 +3,15 @@
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from deepspeed import comm as dist
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import LinearAttention, taps
+from data import Loader
+from models import LinearAttention, ViT, taps
 from trainer.config import Settings
 from trainer.engine import DeepSpeedEngine, set_working_copy
 from trainer.shards import WEIGHT, Shards
@@ -46,9 +47,9 @@ class Stage(nn.Module):
     name: str
     trainable: str  # default of student.trainable
     teacher_taps: tuple[str, ...] = ()
-    teacher: VisionTransformer | None
+    teacher: ViT | None
 
-    def __init__(self, settings: Settings, student: VisionTransformer, teacher: VisionTransformer | None) -> None:
+    def __init__(self, settings: Settings, student: ViT, teacher: ViT | None) -> None:
         """Selects what is trained. `teacher` None: there is none to compare with (stage 3 from scratch)."""
         super().__init__()
         self.settings = settings
@@ -75,7 +76,7 @@ class Stage(nn.Module):
     def prepare(self) -> None:
         """Change the student before its parameters are selected."""
 
-    def save_memory_and_time(self, *vits: VisionTransformer) -> None:
+    def save_memory_and_time(self, *vits: ViT) -> None:
         """Gradient checkpointing in the student, compilation of the blocks of `vits`: where the settings ask for it."""
         self.student.set_grad_checkpointing(self.settings.train.grad_checkpointing)
         if self.settings.train.compile:
@@ -150,6 +151,9 @@ class Stage(nn.Module):
             for name, parameter in trained:
                 set_working_copy(parameter, shards.full(name))
 
+    def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
+        """Pictures of what came out, into `folder`, from an evaluation loader where there is one; a collective."""
+
     def export(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
         """The student's state dict on the CPU: trained weights from fp32 masters (or averages), the rest as it came.
 
@@ -160,17 +164,17 @@ class Stage(nn.Module):
         return trained | self.frozen
 
 
-def tokens_and_logits(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
+def tokens_and_logits(vit: ViT, image: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens after the last norm [B, N, D], and the head's output [B, C]."""
     tokens = vit.forward_features(image)
     return tokens, vit.forward_head(tokens)
 
 
-def trainable_parameters(student: VisionTransformer, which: str) -> list[nn.Parameter]:
+def trainable_parameters(student: ViT, which: str) -> list[nn.Parameter]:
     """Parameters by name: `qkv` or `attention` of the linear blocks, `backbone` up to the last norm, `head`, `all`."""
     linear = [block.attn for block in student.blocks if isinstance(block.attn, LinearAttention)]
     if which == "qkv":
-        return [p for attn in linear for p in attn.qkv.parameters()]
+        return [p for attn in linear for p in attn.qkv_parameters()]
     if which == "attention":
         return [p for attn in linear for p in attn.parameters()]
     head = [p for part in (student.attn_pool, student.fc_norm, student.head) if part for p in part.parameters()]

@@ -1,10 +1,10 @@
 """Stage 3, supervised fine-tuning for classification: head and backbone on labels, with timm's recipe."""
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import ViT
 from trainer.keyed import DropPath, Mixup, draw_paths
 from trainer.stages.base import Batch, Pass, Stage
 
@@ -44,7 +44,7 @@ class Finetune(Stage):
         return {"loss": loss}
 
 
-def set_drop_path(vit: VisionTransformer, rate: float) -> dict[int, DropPath]:
+def set_drop_path(vit: ViT, rate: float) -> dict[int, DropPath]:
     """Drop path rising linearly over depth to `rate`, as timm builds it; the active ones, numbered two a block."""
     paths = {}
     for i, drop in enumerate(torch.linspace(0, rate, len(vit.blocks)).tolist()):
