@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from timm.models import VisionTransformer
 from torch import nn
 
 import data
 import models
+from trainer import resolution
 from trainer.config import Settings, Teacher, UserError
 from trainer.engine import World, accumulation
 from trainer.stages import STAGES, Stage
@@ -23,12 +23,13 @@ class Job:
     """One stage, ready for the engine."""
 
     stage: Stage
-    start: str  # where the student's weights come from, in words
+    start: str  # where the student's weights come from, and which images it sees, in words
     export: dict[str, Any]  # config.json of what the stage will hand on, lineage included
     train: data.Info
     val: data.Info | None
     steps_per_epoch: int
     steps: int
+    sizes: list[resolution.Phase]  # of the training images
 
 
 def build(settings: Settings, me: World, folder: Path) -> Job:
@@ -57,6 +58,8 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     student, start, lineage = _student(settings, teacher, folder, given["image_size"])
     num_classes = _num_classes(settings, infos, student)
     seen = {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}
+    trained = settings.student.trainable or STAGES[settings.stage].trainable
+    seen |= {"image_size": given["image_size"], "trained": trained}
     lineage |= {"stages": [*lineage["stages"], settings.stage], "data": [*lineage["data"], seen]}
 
     untrained = not (chosen.pretrained or chosen.weights)
@@ -77,7 +80,14 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
         "lineage": lineage,
     }
     steps = settings.train.steps or max(1, round(settings.train.epochs * steps_per_epoch))
-    return Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps)
+    sizes = resolution.phases(settings.data.resolutions, given["image_size"], steps)
+    for size, _ in sizes[:-1]:
+        models.check_image_size(teacher, size, "data.resolutions")
+    if len(sizes) > 1:
+        start += f"; {resolution.in_words(sizes)}"
+        for vit in (teacher, student):
+            models.take_any_size(vit)
+    return Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps, sizes)
 
 
 def reading(settings: Settings, job: Job, kept: dict[str, Any] | None) -> dict[str, Any]:
@@ -102,13 +112,22 @@ def loaders(settings: Settings, job: Job, me: World, reading: dict[str, Any]) ->
         "std": job.export["input"]["std"], "rank": me.rank, "world_size": me.size, "device": me.device,
         "dtype": torch.bfloat16 if settings.train.bf16 else torch.float32, "workers": given.workers,
     }  # fmt: skip
-    train = data.train_loader(
-        job.train.path, batch_size=settings.train.batch_size, accumulate=accumulate, seed=settings.train.seed,
-        scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip, **reading, **how,
-    )  # fmt: skip
+
+    def train_at(size: resolution.Size) -> data.Loader:
+        return data.train_loader(
+            job.train.path, batch_size=settings.train.batch_size, accumulate=accumulate, seed=settings.train.seed,
+            scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip,
+            **reading, **(how | {"image_size": size}),
+        )  # fmt: skip
+
+    if len(job.sizes) == 1:
+        train = train_at(job.sizes[0].size)
+    else:
+        train = resolution.PhasedLoader(job.sizes, train_at, job.steps_per_epoch, accumulate)
     val = None
     if job.val is not None:
-        val = data.eval_loader(job.val.path, batch_size=train.micro_batch_size, crop_pct=given.crop_pct, **how)
+        micro = settings.train.batch_size // me.size // accumulate
+        val = data.eval_loader(job.val.path, batch_size=micro, crop_pct=given.crop_pct, **how)
     return train, val
 
 
@@ -117,21 +136,22 @@ def build_teacher(settings: Settings) -> nn.Module:
     chosen, size = settings.teacher, settings.data.image_size
     torch.manual_seed(settings.train.seed)  # what is not loaded, a new head say, starts alike on all ranks
     return models.build_backbone(
-        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, None if size is None else (size, size)
+        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, None if size is None else resolution.pair(size)
     )
 
 
 def input_of(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
     """`INPUT_KEYS`: how images are given to the model; from the settings, else the teacher's own."""
-    given = vars(settings.data) | {"image_size": settings.data.image_size or teacher.patch_embed.img_size[0]}
+    size = resolution.plain(settings.data.image_size or teacher.patch_embed.img_size)
+    given = vars(settings.data) | {"image_size": size}
     given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
     models.check_image_size(teacher, given["image_size"])
     return given
 
 
 def _student(
-    settings: Settings, teacher: VisionTransformer, folder: Path, image_size: int
-) -> tuple[VisionTransformer, str, dict[str, Any]]:
+    settings: Settings, teacher: models.ViT, folder: Path, image_size: resolution.Size
+) -> tuple[models.ViT, str, dict[str, Any]]:
     """The student, where it starts from in words, and the lineage so far."""
     chosen, wanted = settings.teacher, settings.student
     softmax = wanted.attention == "softmax"
@@ -155,7 +175,15 @@ def _student(
         return student, "the teacher's copied weights, no earlier stage's", lineage
     theirs = check_lineage(parent, lineage)
     start = f"{parent} (after stage {' and '.join(theirs['stages'])})"
-    return models.load(parent, image_size), start, theirs
+    found = models.load(parent, resolution.pair(image_size))
+    was = models.read_config(parent).get("input", {}).get("image_size")
+    if was != image_size and found.pos_embed is not None:
+        # Resized once from the teacher's own, rather than again from the parent's, where they were never trained.
+        frozen = all(isinstance(e, dict) and e.get("trained") in ("qkv", "attention", "head") for e in theirs["data"])
+        if frozen:
+            found.pos_embed = student.pos_embed
+        start += f", position embeddings resized from {'the teacher' if frozen else f'its {was} pixels'}"
+    return found, start, theirs
 
 
 def check_unchanged(settings: Settings, job: Job, found: tuple[Path, dict[str, Any]] | None) -> None:
@@ -213,7 +241,7 @@ def _parent(settings: Settings, folder: Path) -> Path | None:
     return found if (found / "config.json").is_file() else None
 
 
-def _num_classes(settings: Settings, infos: dict[str, data.Info], student: VisionTransformer) -> int:
+def _num_classes(settings: Settings, infos: dict[str, data.Info], student: models.ViT) -> int:
     """Classes of the head that the stage ends with; checks that the labels are among them."""
     finetuning, num_classes = settings.stage == "3", student.num_classes
     if finetuning:

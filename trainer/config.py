@@ -17,6 +17,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from trainer import resolution
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -51,7 +53,8 @@ class Data:
 
     train: str = "digits"  # a .beton file, or digits: the embedded data set
     val: str | None = "digits"
-    image_size: int | None = None  # pixels; default: the teacher's
+    image_size: int | list[int] | None = None  # pixels, a side or [height, width]; default: the teacher's
+    resolutions: list[str] = field(default_factory=list)  # before image_size: 224:0.8, pixels and share of the steps
     mean: list[float] | None = None  # of R, G, B in 0..1; default: the teacher's
     std: list[float] | None = None
     crop_pct: float = 1.0  # share of the shorter side that the evaluation's centre crop keeps
@@ -179,7 +182,8 @@ _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 _NOT_EMPTY = (len, "at least one")
 _FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "data.image_size": _AT_LEAST_1,
+    "data.image_size": (lambda v: _sides(v) and min(_sides(v)) >= 1, "at least 1: a side, or [height, width]"),
+    "data.resolutions": (lambda v: _leaves_steps(v), "sizes with shares of the steps, below 1 in all, as in 224:0.8"),
     "data.mean": (lambda v: len(v) == 3, "three values (R, G, B)"),
     "data.std": (lambda v: len(v) == 3 and min(v) > 0, "three values (R, G, B) above 0"),
     "data.crop_pct": _FACTOR,
@@ -222,6 +226,19 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "probe.batch_size": _AT_LEAST_1,
     "probe.every": _NOT_NEGATIVE,
 }
+
+
+def _sides(size: int | list[int]) -> list[int]:
+    """Both sides of an image size; of a list of another length none."""
+    return [size, size] if isinstance(size, int) else size if len(size) == 2 else []
+
+
+def _leaves_steps(resolutions: list[str]) -> bool:
+    try:
+        found = [resolution.parse(spec) for spec in resolutions]
+    except ValueError:
+        return False
+    return all(share > 0 and min(_sides(size)) >= 1 for size, share in found) and sum(s for _, s in found) < 1
 
 
 class _Parser(ArgumentParser):

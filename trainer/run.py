@@ -85,6 +85,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: ds.
         engine, train_data, schedule, settings.train, step, job.steps, tracker, stop, checkpoints, save, evaluate
     )
     if status == 0:
+        job.stage.draw(engine, val_data, folder.path / "pictures")
         state = job.stage.export(engine)
         if me.rank == 0:
             folder.hand_on(state, job.export)

@@ -3,10 +3,20 @@
 ViT-AdaLA, arXiv 2603.16063: both run in the same process, the target is made on the fly.
 """
 
+from pathlib import Path
+
+import torch
+from deepspeed import comm as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from data import Loader
+from models import taps
+from trainer.engine import DeepSpeedEngine
+from trainer.pictures import draw_features
 from trainer.stages.base import Batch, Pass, Stage
+
+SHOWN = 8  # images in the picture, at most
 
 
 def mse(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
@@ -37,3 +47,24 @@ class FeatureAlignment(Stage):
     def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""
         return LOSSES[self.settings.stage2.loss](see.student[0].float(), see.teacher["norm"].float())
+
+    def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
+        """`features.png`: the last tokens of the first images, teacher beside student."""
+        if loader is None:
+            return
+        rows: list[tuple[Tensor, ...]] = []
+        grid = self.student.patch_embed.grid_size
+        engine.eval()
+        # Through the engine, whose call gathers what ZeRO 3 has spread over the ranks.
+        with torch.no_grad(), taps(self.student, ["norm"]) as student, taps(self.teacher, ["norm"]) as teacher:
+            for batch in loader.epoch():
+                engine(batch)
+                patches = (read["norm"][:, self.student.num_prefix_tokens :] for read in (teacher, student))
+                rows.append((batch["image"], *(x.mT.unflatten(-1, grid) for x in patches)))
+                if sum(len(row[0]) for row in rows) >= SHOWN:
+                    break
+        loader.close()
+        engine.train()
+        if dist.get_rank() == 0:
+            image, of_teacher, of_student = (torch.cat(x)[:SHOWN] for x in zip(*rows, strict=True))
+            draw_features(folder / "features.png", loader.pixels(image), of_teacher, of_student)
