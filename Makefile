@@ -8,10 +8,11 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order bench-probe bench-resolution wheel clean
+.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order bench-probe bench-resolution \
+	bench-segmentation wheel clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Build .venv and install what is missing (every other target does it too)
 	@tools/setup.sh
@@ -52,6 +53,9 @@ bench-probe: setup  ## Compare the probes with scikit-learn's, and measure their
 
 bench-resolution: setup  ## Measure time, memory and FLOPs of softmax and linear attention from 224 to 2048 pixels
 	$(PYTHON_VENV) -m benchmarks.resolution $(ARGS)
+
+bench-segmentation: setup  ## Segment the embedded canvases: linear student against softmax baseline, two seeds
+	$(PYTHON_VENV) -m benchmarks.segmentation $(ARGS)
 
 wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
 	rm -rf build dist

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+SCORES = {"miou": "mIoU", "top1": "top-1"}
 
 
 def run_stage(folder: Path, stage: int, options: list[str], threads: int) -> list[dict]:
@@ -42,7 +43,8 @@ def run_stage(folder: Path, stage: int, options: list[str], threads: int) -> lis
         raise SystemExit(f"{folder.name}: stage {stage} ended with status {done.returncode}, see {log.name}")
     lines = map(json.loads, (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
     judged = [line for line in lines if line["split"] == "val"]
-    print(f"{folder.name}: stage {stage} done, top-1 {judged[-1]['top1']:.2f}", flush=True)
+    score = next(f"{words} {judged[-1][key]:.2f}" for key, words in SCORES.items() if key in judged[-1])
+    print(f"{folder.name}: stage {stage} done, {score}", flush=True)
     return judged
 
 

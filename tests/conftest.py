@@ -46,10 +46,37 @@ class Blobs:
         return image, label
 
 
+class Patches:
+    """Noise with a rectangle of one of two colours, and its mask; the first rows are not labelled."""
+
+    mask_classes = ("noise", "red", "green")
+
+    def __init__(self, count: int, seed: int, sizes: tuple[tuple[int, int], ...] = ((32, 32),)) -> None:
+        self.count, self.seed, self.sizes = count, seed, sizes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, index])
+        (height, width), which = self.sizes[index % len(self.sizes)], index % 2
+        image, mask = rng.integers(0, 256, (height, width, 3), dtype=np.uint8), np.zeros((height, width), np.uint8)
+        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        part = slice(top, top + height // 2), slice(left, left + width // 2)
+        image[part], mask[part], mask[:2] = [[255, 0, 0], [0, 255, 0]][which], 1 + which, 255
+        return {"image": image, "mask": mask}
+
+
 def write_small(folder: Path) -> Path:
-    """Fills a folder with train.beton (96 images), val.beton (22), teacher.safetensors and recipe.yaml."""
+    """Fills a folder with train.beton (96 images), val.beton (22), teacher.safetensors and recipe.yaml.
+
+    And, with masks, masked.beton (24) and masked_val.beton (13, of three sizes).
+    """
     write(Blobs(96, 0), folder / "train.beton", raw_share=1.0, progress=False)
     write(Blobs(22, 1), folder / "val.beton", raw_share=1.0, progress=False)
+    write(Patches(24, 0), folder / "masked.beton", raw_share=1.0, progress=False)
+    sizes = ((32, 32), (40, 48), (24, 36))
+    write(Patches(13, 1, sizes), folder / "masked_val.beton", raw_share=1.0, progress=False)
     torch.manual_seed(0)
     teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, **ARCHITECTURE)
     with torch.no_grad():

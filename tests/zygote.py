@@ -193,6 +193,14 @@ def import_everything() -> None:
         loader = build(beton, image_size=32, batch_size=1, workers=1)
         next(loader.epoch())
         loader.close()
+    masked = Path(beton).with_name("masked.beton")
+    if masked.exists():
+        for loader in (
+            data.train_loader(masked, image_size=32, batch_size=1, masks=True, workers=1),
+            data.original_loader(masked, batch_size=1, workers=1),
+        ):
+            next(loader.epoch())
+            loader.close()
     numba.set_num_threads = start_threads
     gc.freeze()  # the collector would touch, and so copy, every page in every child
 

@@ -11,9 +11,9 @@ from torch import nn
 import data
 import models
 from trainer import resolution
-from trainer.config import Settings, Teacher, UserError
+from trainer.config import Settings, Teacher, UserError, segments
 from trainer.engine import World, accumulation
-from trainer.stages import STAGES, Stage
+from trainer.stages import Stage, stage_of
 
 INPUT_KEYS = ("image_size", "mean", "std", "crop_pct")
 
@@ -58,7 +58,7 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     student, start, lineage = _student(settings, teacher, folder, given["image_size"])
     num_classes = _num_classes(settings, infos, student)
     seen = {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}
-    trained = settings.student.trainable or STAGES[settings.stage].trainable
+    trained = settings.student.trainable or stage_of(settings).trainable
     seen |= {"image_size": given["image_size"], "trained": trained}
     lineage |= {"stages": [*lineage["stages"], settings.stage], "data": [*lineage["data"], seen]}
 
@@ -67,18 +67,23 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
                         "give its file with --teacher.weights FILE")  # fmt: skip
     resolved = replace(settings, stage3=replace(settings.stage3, num_classes=num_classes))
-    stage = STAGES[settings.stage](resolved, student, None if untrained else teacher)
+    stage = stage_of(settings)(resolved, student, None if untrained or segments(settings) else teacher)
     if not any(p.requires_grad for p in stage.parameters()):
         which = settings.student.trainable
         raise UserError(f"student.trainable {which}: the student has no such parameters; choose another")
     name, kwargs = models.architecture(chosen.name, chosen.kwargs)
-    kwargs |= {"num_classes": stage.student.num_classes, "img_size": given["image_size"]}
+    kwargs |= {"num_classes": models.backbone_of(stage.student).num_classes, "img_size": given["image_size"]}
     export = {
         "backbone": {"name": name, "kwargs": kwargs},
         "attention": {key: lineage[key] for key in ("feature_map", "linear_blocks")},
         "input": given,
         "lineage": lineage,
     }
+    if segments(settings):
+        chosen = settings.segmentation
+        export["segmentation"] = {"head": chosen.head, "num_classes": num_classes, "kwargs": chosen.kwargs}
+        stage.names, stage.palette = infos["train"].mask_classes, infos["train"].palette
+        export["segmentation"] |= {"classes": stage.names, "palette": stage.palette}
     steps = settings.train.steps or max(1, round(settings.train.epochs * steps_per_epoch))
     sizes = resolution.phases(settings.data.resolutions, given["image_size"], steps)
     for size, _ in sizes[:-1]:
@@ -112,23 +117,28 @@ def loaders(settings: Settings, job: Job, me: World, reading: dict[str, Any]) ->
         "std": job.export["input"]["std"], "rank": me.rank, "world_size": me.size, "device": me.device,
         "dtype": torch.bfloat16 if settings.train.bf16 else torch.float32, "workers": given.workers,
     }  # fmt: skip
+    views = {"scale": tuple(given.scale), "ratio": tuple(given.ratio), "hflip": given.hflip}
+    if segments(settings):
+        views = {"masks": True, "resize": tuple(given.resize), "hflip": given.hflip, "max_share": given.max_share}
+        views["photometric"] = given.photometric
 
     def train_at(size: resolution.Size) -> data.Loader:
         return data.train_loader(
             job.train.path, batch_size=settings.train.batch_size, accumulate=accumulate, seed=settings.train.seed,
-            scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip,
-            **reading, **(how | {"image_size": size}),
+            **views, **reading, **(how | {"image_size": size}),
         )  # fmt: skip
 
     if len(job.sizes) == 1:
         train = train_at(job.sizes[0].size)
     else:
         train = resolution.PhasedLoader(job.sizes, train_at, job.steps_per_epoch, accumulate)
-    val = None
-    if job.val is not None:
-        micro = settings.train.batch_size // me.size // accumulate
-        val = data.eval_loader(job.val.path, batch_size=micro, crop_pct=given.crop_pct, **how)
-    return train, val
+    if job.val is None:
+        return train, None
+    micro = settings.train.batch_size // me.size // accumulate
+    if segments(settings):
+        how = {key: value for key, value in how.items() if key != "image_size"} | {"dtype": torch.float32}
+        return train, data.original_loader(job.val.path, batch_size=micro, **how)
+    return train, data.eval_loader(job.val.path, batch_size=micro, crop_pct=given.crop_pct, **how)
 
 
 def build_teacher(settings: Settings) -> nn.Module:
@@ -175,7 +185,7 @@ def _student(
         return student, "the teacher's copied weights, no earlier stage's", lineage
     theirs = check_lineage(parent, lineage)
     start = f"{parent} (after stage {' and '.join(theirs['stages'])})"
-    found = models.load(parent, resolution.pair(image_size))
+    found = models.backbone_of(models.load(parent, resolution.pair(image_size)))
     was = models.read_config(parent).get("input", {}).get("image_size")
     if was != image_size and found.pos_embed is not None:
         # Resized once from the teacher's own, rather than again from the parent's, where they were never trained.
@@ -243,6 +253,10 @@ def _parent(settings: Settings, folder: Path) -> Path | None:
 
 def _num_classes(settings: Settings, infos: dict[str, data.Info], student: models.ViT) -> int:
     """Classes of the head that the stage ends with; checks that the labels are among them."""
+    if segments(settings):
+        num_classes = _num_mask_classes(settings, infos)
+        _check_beside(settings, num_classes)
+        return num_classes
     finetuning, num_classes = settings.stage == "3", student.num_classes
     if finetuning:
         for split, info in infos.items():
@@ -256,6 +270,33 @@ def _num_classes(settings: Settings, infos: dict[str, data.Info], student: model
             raise UserError(f"data.{split} {info.path}: has labels up to {info.max_label}, "
                             f"outside the head's {num_classes} classes")  # fmt: skip
     return num_classes
+
+
+def _num_mask_classes(settings: Settings, infos: dict[str, data.Info]) -> int:
+    """The same for segmentation."""
+    for split, info in infos.items():
+        if not info.has_masks or info.mask_classes is None:
+            what = "has no JSON beside it, which names the classes of its masks" if info.has_masks else "has no masks"
+            raise UserError(f"data.{split} {info.path}: {what}; write it with python -m data.write --task segmentation")
+        if info.mask_classes != infos["train"].mask_classes:
+            raise UserError(f"data.{split} {info.path}: its masks have other classes than those of data.train "
+                            f"{infos['train'].path}; write both with one class table")  # fmt: skip
+    num_classes = len(infos["train"].mask_classes)
+    if settings.stage3.num_classes not in (None, num_classes):
+        raise UserError(f"stage3.num_classes {settings.stage3.num_classes}: data.train has {num_classes} classes; "
+                        "leave it out")  # fmt: skip
+    return num_classes
+
+
+def _check_beside(settings: Settings, num_classes: int) -> None:
+    """Raises UserError unless `segmentation.beside` is an export that segments into as many classes."""
+    beside = settings.segmentation.beside
+    if beside is None:
+        return
+    theirs = models.read_config(beside).get("segmentation", {}).get("num_classes")
+    if theirs != num_classes:
+        what = "does not segment" if theirs is None else f"has {theirs} classes, the data has {num_classes}"
+        raise UserError(f"segmentation.beside {beside}: {what}; give the export of another segmentation, or none")
 
 
 def _get(nested: dict[str, Any], path: str) -> Any:

@@ -1,6 +1,7 @@
 """Every setting, as typed dataclasses: the recipe's YAML first, then the command line; unknown keys are errors.
 
-A recipe's `stages` section holds what differs a stage; it is laid over the rest for the stage that runs.
+A recipe's `stages` section holds what differs a stage; it is laid over the rest for the stage that runs, and its part
+`segmentation` over that of stage 3 for that task.
 """
 
 import argparse
@@ -61,6 +62,10 @@ class Data:
     scale: list[float] = field(default_factory=lambda: [0.25, 1.0])  # area of the random resized crop
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])  # its aspect
     hflip: float = 0.5
+    # Segmentation, where scale, ratio and crop_pct count nowhere:
+    resize: list[float] = field(default_factory=lambda: [0.5, 2.0])  # before the crop; 1: shorter side to image_size
+    max_share: float = 0.75  # of one class in a crop, else another is drawn
+    photometric: bool = True  # random brightness, contrast, saturation and hue
     order: Literal["auto", "random", "windowed"] = "auto"  # windowed reads in long runs; auto: for files above memory
     window: int | None = None  # MiB held and shuffled together, over all ranks; default: 2048, or 1/4 of memory
     workers: int | None = None  # decoding threads a rank; default: its share of the cores
@@ -121,6 +126,20 @@ class Stage3:
 
 
 @dataclass
+class Segmentation:
+    """Semantic segmentation, the other task of stage 3: its head, and how it is judged."""
+
+    head: str = "linear"  # a name from models.HEADS
+    kwargs: dict[str, Any] = field(default_factory=dict)  # the head's own architecture: {blocks: 4}, {channels: 512}
+    mode: Literal["slide", "whole"] = "slide"  # windows of data.image_size, or the image at once
+    stride: float = 2 / 3  # of the windows, as a share of their side
+    short_side: int | None = None  # pixels that an image's shorter side is resized to; default: data.image_size
+    scales: list[float] = field(default_factory=lambda: [1.0])  # sizes that are averaged over, times that
+    flip: bool = False  # average over the mirrored image too
+    beside: str | None = None  # another run's export (the softmax baseline's, say) that pictures show beside this one
+
+
+@dataclass
 class Probe:
     """Linear probes on every module of every block, teacher beside student."""
 
@@ -152,6 +171,7 @@ class Settings:
     """All settings of one stage's run."""
 
     stage: Literal["1", "2", "3", "probe"]  # attention alignment, feature alignment, supervised fine-tuning, probes
+    task: Literal["classification", "segmentation"] = "classification"  # of stage 3
     run: str | None = None  # run folder; default: runs/<recipe>
     deepspeed: str = str(Path("ds_configs") / "zero1.json")  # DeepSpeed's JSON
     teacher: Teacher = field(default_factory=Teacher)
@@ -161,6 +181,7 @@ class Settings:
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
     stage3: Stage3 = field(default_factory=Stage3)
+    segmentation: Segmentation = field(default_factory=Segmentation)
     probe: Probe = field(default_factory=Probe)
     wandb: Wandb = field(default_factory=Wandb)
     dry_run: bool = False  # show what would run, without training
@@ -169,7 +190,8 @@ class Settings:
 # May change between a run and its continuation: they alter nothing of what is learned.
 FREE = {
     "run", "dry_run", "deepspeed", "wandb", "data.workers", "train.micro_batch_size", "train.max_skipped",
-    "train.save_every", "train.keep", "train.log_every", "train.eval_first", "probe.keep_features",
+    "train.save_every", "train.keep", "train.log_every", "train.eval_first", "segmentation.beside",
+    "probe.keep_features",
 }  # fmt: skip
 
 
@@ -190,6 +212,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.scale": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "two values, 0 < least <= most <= 1"),
     "data.ratio": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "two values, 0 < least <= most"),
     "data.hflip": _SHARE,
+    "data.resize": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "two values, 0 < least <= most"),
+    "data.max_share": _FACTOR,
     "data.window": _AT_LEAST_1,
     "data.workers": _AT_LEAST_1,
     "train.epochs": _POSITIVE,
@@ -215,6 +239,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stage3.mixup": _NOT_NEGATIVE,
     "stage3.cutmix": _NOT_NEGATIVE,
     "stage3.ema": _BELOW_1,
+    "segmentation.stride": _FACTOR,
+    "segmentation.short_side": _AT_LEAST_1,
+    "segmentation.scales": (lambda v: v and min(v) > 0, "values above 0"),
     "probe.models": _NOT_EMPTY,
     "probe.modules": _NOT_EMPTY,
     "probe.pooling": _NOT_EMPTY,
@@ -279,6 +306,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config", default="default")
     peek.add_argument("--stage")
+    peek.add_argument("--task")
     try:
         known, _ = peek.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -302,7 +330,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     if known.stage is None:
         raise UserError("--stage: which stage is missing; give --stage 1, 2, 3 or probe")
     path = find_recipe(known.config)
-    given = parser.parse_args([f"--recipe={yaml.safe_dump(read_recipe(path, known.stage))}", *argv])
+    given = parser.parse_args([f"--recipe={yaml.safe_dump(read_recipe(path, known.stage, known.task))}", *argv])
     settings = _build(Settings, given)
     settings.run = settings.run or str(Path("runs") / path.stem)
     settings.train.eval_every = settings.train.eval_every or settings.probe.every
@@ -331,8 +359,12 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"--config {name}: no such recipe; give a YAML file or one of {have}")
 
 
-def read_recipe(path: Path, stage: str) -> dict[str, Any]:
-    """A recipe's settings for `stage`. Raises UserError when the file is not a mapping in YAML."""
+def read_recipe(path: Path, stage: str, task: str | None = None) -> dict[str, Any]:
+    """A recipe's settings for `stage`, and for its task when that is segmentation, by `task` or by the recipe's own.
+
+    Raises:
+        UserError: the file is not a mapping in YAML, or names no such settings.
+    """
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -343,12 +375,16 @@ def read_recipe(path: Path, stage: str) -> dict[str, Any]:
     if not isinstance(stages, dict):
         raise UserError(f"{path}: stages must be a mapping, a section a stage")
     stages = {str(key): value or {} for key, value in stages.items()}
-    unknown = set(stages) - {"1", "2", "3", "probe"}
+    unknown = set(stages) - {"1", "2", "3", "segmentation", "probe"}
     if unknown:
-        raise UserError(f"{path}: stages has no {', '.join(sorted(unknown))}; it may hold 1, 2, 3 and probe")
+        raise UserError(
+            f"{path}: stages has no {', '.join(sorted(unknown))}; it may hold 1, 2, 3, segmentation and probe"
+        )
     for part, prefix in ((recipe, ""), *((part, f"stages.{key}.") for key, part in stages.items())):
         _check_names(path, part, prefix)
-    return _merge(recipe, stages.get(stage, {}))
+    merged = _merge(recipe, stages.get(stage, {}))
+    segments = stage == "3" and (task or merged.get("task")) == "segmentation"
+    return _merge(merged, stages.get("segmentation", {})) if segments else merged
 
 
 def _check_names(path: Path, part: Any, prefix: str, kind: type = Settings, inside: str = "") -> None:
@@ -391,12 +427,22 @@ def _check(settings: Settings) -> None:
     if settings.probe.every and settings.probe.every % every:
         raise UserError(f"probe.every {settings.probe.every}: must be a multiple of train.eval_every {every}: a quick "
                         "probe is part of an evaluation")  # fmt: skip
+    if segments(settings):
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            if getattr(settings.stage3, name):
+                raise UserError(f"stage3.{name} {getattr(settings.stage3, name)}: is for labels of whole images; "
+                                "segmentation learns from masks, set it to 0")  # fmt: skip
     if settings.stage == "1" and settings.stage1.match == "heads" and settings.train.compile:
         raise UserError("stage1.match heads: lies inside what train.compile compiles; use one of the two")
     if settings.stage in "12" and settings.student.trainable == "head":
         raise UserError(
             "student.trainable head: no loss of stage 1 or 2 reaches the head; choose qkv, attention or backbone"
         )
+
+
+def segments(settings: Settings) -> bool:
+    """Whether the stage that runs is semantic segmentation."""
+    return settings.stage == "3" and settings.task == "segmentation"
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> t
         batch = {
             "image": torch.empty(micro, 3, height, width, dtype=dtype),
             "label": torch.empty(micro, dtype=torch.long),
+            "mask": torch.empty(micro, height, width, dtype=torch.uint8),
             "key": torch.empty(micro, dtype=torch.long),
         }
         with FlopCounterMode(display=False) as counter, Taken() as taken:

@@ -51,10 +51,11 @@ class BatchNorm(nn.BatchNorm2d):
         return torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept = self.running_mean, self.running_var
+        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)
-        device = self.running_mean.device
-        self.running_mean, self.running_var = (value.to(device) for value in kept)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            setattr(self, name, now.float() if before.is_meta or now.is_meta else before.to(now.device))
         return self
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from .base import IGNORE, Head
@@ -69,6 +70,8 @@ class Mask2Former(Head):
 
     def forward(self, features: Sequence[Tensor]) -> Predictions:
         """[[B, D, h, w]] -> what the queries and each decoder layer predict, the last one last."""
+        if _shapes_alone(features[-1]):  # in training transformers looks at the values, to keep them finite
+            self.decoders.eval()
         return self.decoders(self.pyramid(features[-1]))
 
     def logits(self, out: Predictions, size: tuple[int, int]) -> Tensor:
@@ -84,7 +87,7 @@ class Mask2Former(Head):
         Each class that an image has is one target; pixels without a label are in none of its masks. Of each mask the
         loss samples points, from torch's generator.
         """
-        if mask_BHW.is_meta:  # where shapes alone are counted there is nothing to match
+        if _shapes_alone(mask_BHW):  # nothing to match
             return {"loss": sum(part.float().mean((1, 2, 3)) for _, part in out)}
         classes = [of.unique() for of in mask_BHW]
         classes = [of[of != IGNORE].long() for of in classes]
@@ -100,6 +103,11 @@ class Mask2Former(Head):
         said = {"loss": sum(weighted.values()), "class": weighted["loss_cross_entropy"]}
         said |= {"mask": weighted["loss_mask"], "dice": weighted["loss_dice"]}
         return {name: value.expand(len(mask_BHW)) for name, value in said.items()}
+
+
+def _shapes_alone(x: Tensor) -> bool:
+    """Whether memory and FLOPs are counted, on tensors without values."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 class _Decoders(Mask2FormerPreTrainedModel):

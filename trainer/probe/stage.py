@@ -209,7 +209,7 @@ def student_of(settings: Settings, teacher: nn.Module, run: Path, image_size: in
         return student, "the teacher's copied weights, no stage's"
     theirs = check_lineage(parent, {"teacher": teacher_lineage(settings, teacher)}, TEACHER_FIELDS)
     stages = theirs["stages"] or ["none"]
-    return models.load(parent, image_size), f"{parent} (after stage {' and '.join(stages)})"
+    return models.backbone_of(models.load(parent, image_size)), f"{parent} (after stage {' and '.join(stages)})"
 
 
 def check_same(path: Path, record: dict[str, Any]) -> None:

@@ -53,25 +53,33 @@ class Stage(nn.Module):
         """Selects what is trained. `teacher` None: there is none to compare with (stage 3 from scratch)."""
         super().__init__()
         self.settings = settings
-        self.student = student
+        self.student = self.wrap(student)
         # Beside the module tree: no gradient, no checkpoint, no ZeRO partition, no train().
         object.__setattr__(self, "teacher", teacher)
         if teacher is not None:
             teacher.eval().requires_grad_(False)
-        # ZeRO 3 gathers the model's own parameters (position embedding, prefix tokens) when the model is called as a
-        # module, and again for backward through what the call returns: so the call itself must return the tokens.
-        student.forward = functools.partial(tokens_and_logits, student)
         self.prepare()
-        for parameter in student.parameters():
+        for parameter in self.student.parameters():
             parameter.requires_grad_(False)
-        for parameter in trainable_parameters(student, settings.student.trainable or self.trainable):
+        for parameter in self.selected(settings.student.trainable or self.trainable):
             parameter.requires_grad_(True)
         # The engine rounds frozen weights to its working precision: what is exported are these.
         self.frozen = {
             name: value.detach().clone()
-            for name, value in student.state_dict(keep_vars=True).items()
+            for name, value in self.student.state_dict(keep_vars=True).items()
             if not value.requires_grad
         }
+
+    def wrap(self, student: ViT) -> nn.Module:
+        """The module that is trained: the student itself, called for what `Pass.student` gives, or one around it."""
+        # ZeRO 3 gathers the model's own parameters (position embedding, prefix tokens) when the model is called as a
+        # module, and again for backward through what the call returns: so the call itself must return the tokens.
+        student.forward = functools.partial(tokens_and_logits, student)
+        return student
+
+    def selected(self, which: str) -> list[nn.Parameter]:
+        """The parameters that `student.trainable` names."""
+        return trainable_parameters(self.student, which)
 
     def prepare(self) -> None:
         """Change the student before its parameters are selected."""
@@ -114,15 +122,11 @@ class Stage(nn.Module):
         What `batches` raises, on all ranks together, leaves the engine ready to go on.
         """
         sums: dict[str, Tensor] = {}
-        engine.eval()
-        try:
-            with torch.no_grad(), self.averaged_weights(engine):
-                for batch in batches:
-                    out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
-                    for key, value in out.items():
-                        sums[key] = sums.get(key, 0) + (value.double() * batch["valid"]).sum()
-        finally:
-            engine.train()
+        with self.judging(engine):
+            for batch in batches:
+                out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
+                for key, value in out.items():
+                    sums[key] = sums.get(key, 0) + (value.double() * batch["valid"]).sum()
         total = torch.stack(list(sums.values()))
         dist.all_reduce(total)
         values = dict(zip(sums, total.tolist(), strict=True))
@@ -137,6 +141,16 @@ class Stage(nn.Module):
         """Whether a moving average of the weights is judged and exported; there is none before the first step."""
         kept = self.settings.stage == "3" and self.settings.stage3.ema is not None
         return kept and engine.global_steps > engine.skipped_steps
+
+    @contextlib.contextmanager
+    def judging(self, engine: DeepSpeedEngine) -> Iterator[None]:
+        """Evaluation mode, without gradients, with the moving average where one is kept; then training mode again."""
+        engine.eval()
+        try:
+            with torch.no_grad(), self.averaged_weights(engine):
+                yield
+        finally:
+            engine.train()
 
     @contextlib.contextmanager
     def averaged_weights(self, engine: DeepSpeedEngine) -> Iterator[None]:
@@ -161,7 +175,9 @@ class Stage(nn.Module):
         """
         shards, key = Shards(engine), "ema" if self.averages(engine) else WEIGHT
         trained = {name.removeprefix("student."): shards.full(name, key).cpu() for name in shards.parameters}
-        return trained | self.frozen
+        # Buffers that keep their precision are live, such as the running statistics of a head's batch norm.
+        kept = {n: b for n, b in self.student.named_buffers() if n in self.frozen and b.dtype == self.frozen[n].dtype}
+        return trained | self.frozen | kept
 
 
 def tokens_and_logits(vit: ViT, image: Tensor) -> tuple[Tensor, Tensor]:
