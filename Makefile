@@ -8,8 +8,8 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test faults lint format lock bench-stages bench-saving bench-order bench-probe bench-resolution \
-	bench-segmentation wheel clean
+.PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
+	bench-resolution bench-segmentation wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: setup  ## Run the tests
 
 faults: setup  ## Kill runs, fill disks, damage files: over 100 kills and 200 inputs (about 20 minutes on 2 cores)
 	$(PYTHON_VENV) tests/faults.py $(ARGS)
+
+cluster-test: setup  ## Run chains of jobs on a real Slurm of two nodes, installed through apt (root; about 10 minutes)
+	$(PYTHON_VENV) -m pytest tests/cluster.py -v --durations=10 $(ARGS)
 
 lint: setup  ## Check style and format
 	.venv/bin/ruff check .

@@ -56,7 +56,7 @@ def build(settings: Settings, me: World, folder: Path) -> Job:
     models.check_linearizable(teacher)
     given = input_of(settings, teacher)
     student, start, lineage = _student(settings, teacher, folder, given["image_size"])
-    num_classes = _num_classes(settings, infos, student)
+    num_classes = num_classes_of(settings, infos, student)
     seen = {"stage": settings.stage, "train": settings.data.train, "sha256": infos["train"].sha256}
     trained = settings.student.trainable or stage_of(settings).trainable
     seen |= {"image_size": given["image_size"], "trained": trained}
@@ -251,7 +251,7 @@ def _parent(settings: Settings, folder: Path) -> Path | None:
     return found if (found / "config.json").is_file() else None
 
 
-def _num_classes(settings: Settings, infos: dict[str, data.Info], student: models.ViT) -> int:
+def num_classes_of(settings: Settings, infos: dict[str, data.Info], student: models.ViT) -> int:
     """Classes of the head that the stage ends with; checks that the labels are among them."""
     if segments(settings):
         num_classes = _num_mask_classes(settings, infos)

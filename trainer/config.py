@@ -268,13 +268,17 @@ def _leaves_steps(resolutions: list[str]) -> bool:
     return all(share > 0 and min(_sides(size)) >= 1 for size, share in found) and sum(s for _, s in found) < 1
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
+    """jsonargparse's; a mistake is a UserError of one line. `kind` is the dataclass whose fields it reads."""
+
+    kind: type = Settings
+
     def error(self, message: str, ex: Exception | None = None) -> None:
         message = " ".join(message.split())
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             message = f"{unknown[1]}: {_no_such(unknown[1].lstrip('-'))}"
         elif wrong := re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
-            kind = dict(_names(Settings)).get(wrong[1])
+            kind = dict(_names(self.kind)).get(wrong[1])
             words = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
             message = f"{wrong[1]} {wrong[2]}: must be {words.replace('Literal', 'one of ')}"
         raise UserError(message)
@@ -302,7 +306,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         UserError: unknown or unfit setting, no such recipe.
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
-    argv = _gather(["--dry_run=true" if arg == "--dry_run" else arg for arg in argv], "--probe.test")
+    argv = gather(["--dry_run=true" if arg == "--dry_run" else arg for arg in argv], "--probe.test")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config", default="default")
     peek.add_argument("--stage")
@@ -311,7 +315,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         known, _ = peek.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    parser = _Parser(
+    parser = Parser(
         prog="trainer/run.py",
         description="Convert a softmax ViT into a linear-attention one, a stage a run.",
         print_config="--print_config",
@@ -338,7 +342,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     return settings
 
 
-def _gather(argv: list[str], option: str) -> list[str]:
+def gather(argv: list[str], option: str) -> list[str]:
     """`option A B ... option C` -> `option=["A", "B", "C"]`: the parser takes a list as one value."""
     values, rest, taking = [], [], False
     for arg in argv:

@@ -3,8 +3,9 @@
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from safetensors import SafetensorError
@@ -12,6 +13,9 @@ from torch import Tensor
 
 import models
 from trainer.config import Settings, UserError, as_dict, first_difference
+from trainer.paths import is_complete, stage_path
+
+PATIENCE = 240.0  # seconds that a job which Slurm requeued waits for what may be left of itself on a lost node
 
 
 class StageFolder:
@@ -20,7 +24,7 @@ class StageFolder:
     def __init__(self, settings: Settings) -> None:
         """Names the folder; touches nothing."""
         self.run = Path(settings.run)
-        self.path = self.run / (settings.stage if settings.stage == "probe" else f"stage{settings.stage}")
+        self.path = stage_path(settings.run, settings.stage)
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self._lock = None
@@ -53,7 +57,7 @@ class StageFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock, PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
             part = self.path / "config.yaml.part"
             part.write_text(yaml.safe_dump(as_dict(settings), sort_keys=False))
             os.replace(part, self.path / "config.yaml")
@@ -80,4 +84,16 @@ class StageFolder:
     @property
     def complete(self) -> bool:
         """Whether the stage has handed on its export, or the probe its results."""
-        return (self.export / "config.json").is_file() or (self.path / "results.json").is_file()
+        return is_complete(self.path)
+
+
+def _lock(file: IO[str], patience: float) -> None:
+    """Takes it until the process ends. Raises BlockingIOError when another process still has it after `patience` s."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(1)

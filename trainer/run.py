@@ -6,6 +6,12 @@ import sys
 # The launcher starts this file by its path; the packages lie beside its folder.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+if __name__ == "__main__" and any(arg.split("=")[0] == "--cluster" for arg in sys.argv):
+    # Before the rest is imported, which sets what a node is to choose for itself.
+    from jobs.submit import main as submit
+
+    sys.exit(submit())
+
 from data import DamagedError
 from trainer import engine as ds
 from trainer import probe

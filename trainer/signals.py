@@ -14,7 +14,7 @@ import torch
 from deepspeed import comm as dist
 
 STOPPED = 75  # EX_TEMPFAIL: a signal came, everything is saved, run the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last is what Slurm sends, asked to
 
 
 class Stopped(Exception):
@@ -22,9 +22,10 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Within its context SIGTERM, SIGINT and SIGUSR1 only set a flag, however many come. So does the launcher's end.
+    """Within its context `SIGNALS` only set a flag, however many come. So does the launcher's end.
 
-    The `deepspeed` command dies of a signal sent to it alone and leaves its ranks behind: they save and end too.
+    Where they were blocked before, one that came while the program was starting counts here. The `deepspeed` command
+    dies of a signal sent to it alone and leaves its ranks behind: they save and end too.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         launchers = _launchers()
         if launchers:
             threading.Thread(target=self._watch, args=(launchers,), name="launcher", daemon=True).start()

@@ -1,0 +1,104 @@
+"""The batch script's last command, on the job's first node: `python -m jobs.after STATUS RUN`.
+
+The ranks have ended with STATUS. It notes the end, or puts the job back into the queue: after a stop by a signal, for
+which the trainer has saved on all ranks, and when a node was lost. A crash or a mistake is the job's end, and Slurm
+then cancels the jobs after it. What Slurm itself ends (`scancel`, a grace period over) it requeues itself, or not.
+"""
+
+import argparse
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import submitit
+
+from jobs import slurm
+from jobs.records import Records
+from trainer.config import UserError
+
+STOPPED = 75  # trainer.signals.STOPPED, which would import torch
+# Where the signal came before anything heeded it, nothing was begun either.
+STOPS = {STOPPED, 128 + signal.SIGUSR2, 128 + signal.SIGTERM}
+TIMED_OUT = "timed out"
+EARLY = 90  # seconds: Slurm may signal as much before the delay asked for
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The job's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.after", description="The last command of a batch script.")
+    parser.add_argument("status", type=int, help="exit status of the ranks")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--max_timeouts", type=int, required=True, help="times that a timeout is requeued")
+    parser.add_argument("--signal_delay", type=int, required=True, help="seconds before the limit")
+    given = parser.parse_args(argv)
+    here, records = submitit.JobEnvironment(), Records(given.run)
+    for wait in (0, 5, 15, 45, 120):  # a controller that is being restarted does not answer
+        time.sleep(wait)
+        if job := slurm.show(here.raw_job_id):
+            break
+    timeouts = sum(event.get("why") == TIMED_OUT for event in records.journal(here.job_id))
+    again, why = decide(given.status, job, timeouts, given.max_timeouts, given.signal_delay)
+    if again:
+        records.note(here.job_id, "requeued", status=given.status, why=why)
+        print(f"requeued: {why}", file=sys.stderr, flush=True)
+        try:
+            slurm.requeue(here.job_id)
+        except UserError as error:
+            print(f"error: {error}; submit the stage again to resume", file=sys.stderr, flush=True)
+            why = f"{why}, and not requeued"
+        else:
+            return STOPPED
+    records.note(here.job_id, "ended", status=given.status, why=why)
+    if why:
+        print(f"error: {why}", file=sys.stderr, flush=True)
+    return given.status
+
+
+def decide(
+    status: int, job: dict[str, str], timeouts: int, max_timeouts: int, signal_delay: int
+) -> tuple[bool, str | None]:
+    """Whether to requeue, and why, in a few words.
+
+    Args:
+        status: of the ranks.
+        job: what Slurm says of it, see `slurm.show`.
+        timeouts: that it went through before.
+    """
+    if status == 0:
+        return False, None
+    # What Slurm is ending otherwise, it knows whether it is to run again.
+    if job.get("JobState") != "RUNNING" and not (job.get("JobState") == "TIMEOUT" and status in STOPS):
+        return False, f"ended by Slurm ({job.get('JobState', 'unknown').lower()})"
+    if status in STOPS:
+        if job.get("PreemptTime", "None") != "None":
+            return True, "preempted"
+        left = slurm.seconds(job.get("TimeLimit", "")) - slurm.seconds(job.get("RunTime", "0:00:00"))
+        if left > signal_delay + EARLY:
+            return True, "stopped by a signal"
+        if timeouts < max_timeouts:
+            return True, TIMED_OUT
+        return False, f"timed out {timeouts + 1} times; give it more --time or --max_timeouts, and submit it again"
+    lost = lost_nodes(slurm.nodes(job.get("NodeList", "")))
+    if lost:
+        return True, f"lost {', '.join(lost)}"
+    return False, None  # the ranks have said why
+
+
+def lost_nodes(nodes: dict[str, tuple[str, int]]) -> list[str]:
+    """Those whose daemon does not answer at (address, port), where others do, so that to ask means something."""
+    lost = [name for name, address in nodes.items() if not _answers(address)]
+    return lost if len(lost) < len(nodes) else []
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=10).close()
+        return True
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""`python -m jobs.cancel RUN`: what runs is stopped and saved, what waits is taken out of the queue."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from jobs import slurm
+from jobs.records import find
+from jobs.report import state_of
+from trainer.config import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 when nothing was submitted for the run or Slurm refuses."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.cancel", description="Cancel a run's jobs.")
+    parser.add_argument("run", type=Path, help="run folder, or a sweep's")
+    run = parser.parse_args(argv).run
+    try:
+        records, jobs = find(run)
+        live = [submitted for submitted in jobs if state_of(submitted, records, {})[0] in slurm.LIVE]
+        on_slurm = [submitted.job for submitted in live if submitted.executor == "slurm"]
+        if on_slurm:
+            slurm.cancel(on_slurm)
+        for submitted in live:
+            if submitted.executor == "local":
+                os.kill(int(submitted.job), signal.SIGTERM)  # its controller hands it on to the ranks, which save
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    said = ", ".join(f"job {submitted.job} (stage {submitted.stage})" for submitted in live)
+    print(f"cancelled: {said}; the command that submitted them resumes them" if said else f"{run}: no job to cancel")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

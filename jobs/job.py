@@ -1,0 +1,58 @@
+"""What runs on each rank of a job: the trainer, as under DeepSpeed's launcher."""
+
+import os
+import signal
+
+import submitit
+
+from jobs.records import Records
+from trainer.config import UserError
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StageJob:
+    """Runs `trainer/run.py` with `argv` on every rank; submitit pickles it."""
+
+    def __init__(self, argv: list[str], gpus_per_node: int, records: Records) -> None:
+        self.argv, self.gpus_per_node, self.records = argv, gpus_per_node, records
+
+    def __call__(self) -> int:
+        """The trainer's exit status; with the executors slurm and local the process ends with it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the imports take seconds; a stop is heeded afterwards
+        here = submitit.JobEnvironment()
+        if here.num_tasks > 1:
+            torch_environment = submitit.helpers.TorchDistributedEnvironment()
+            torch_environment.export(set_cuda_visible_devices=False, overwrite=True)
+            if here.cluster == "local":
+                os.environ["MASTER_ADDR"] = "127.0.0.1"  # the machine's name need not lead to an address
+            os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # by which DeepSpeed knows of one node
+        if here.global_rank == 0:
+            self.records.note(here.job_id, "started", nodes=list(here.hostnames), ranks=here.num_tasks)
+        import trainer.run
+
+        status = self._check_gpus() or trainer.run.main(self.argv)
+        if here.cluster == "slurm":  # the batch script notes the end, and requeues
+            trainer.run.ds.end(status)
+        if here.global_rank == 0:
+            self.records.note(here.job_id, "ended", status=status)
+        if here.cluster == "local":
+            trainer.run.ds.end(status)
+        return status
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """For submitit's own handler, which a signal reaches in the moments before this is called: start again."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _check_gpus(self) -> int:
+        import torch
+
+        from trainer.engine import world
+        from trainer.watchdog import Watchdog
+
+        me, found = world(), torch.cuda.device_count()
+        if me.local_rank < self.gpus_per_node and found < self.gpus_per_node:
+            with Watchdog(me.rank, me.size) as watchdog:  # which ends the ranks on other nodes too
+                what = f"--gpus_per_node {self.gpus_per_node}: torch sees {found} on {watchdog.host}"
+                return watchdog.fail(UserError(f"{what}; ask for fewer, mend the driver there, or --exclude the node"))
+        return 0

@@ -1,0 +1,104 @@
+"""What is kept of a run's jobs, in `RUN/jobs`, beside the logs: nothing here asks a cluster.
+
+`submitted.jsonl` has a line a job, written where it was submitted. `<job>.jsonl` is the job's own journal, a line an
+event: `started` (by rank 0), `requeued` with the reason, `ended` with the exit status and the reason.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import UserError
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job, as it was submitted."""
+
+    job: str  # the cluster's id
+    run: str  # run folder
+    stage: str
+    executor: str
+    after: str | None  # the job that it waits for
+    time: float  # seconds since 1970
+
+
+class Records:
+    """The records of a run, or of a sweep's runs together."""
+
+    def __init__(self, run: Path) -> None:
+        """`run`: the run folder, or the folder that a sweep's run folders lie in."""
+        self.folder = run / "jobs"
+        self._submitted = self.folder / "submitted.jsonl"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it no other process submits to this run.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror.lower()})") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def add(self, submitted: Submitted) -> None:
+        """Keeps a job."""
+        _append(self._submitted, asdict(submitted))
+
+    def newest(self) -> dict[tuple[str, str], Submitted]:
+        """The newest job of each (run, stage), in the order of their first submission."""
+        return {(s.run, s.stage): s for s in (Submitted(**line) for line in _lines(self._submitted))}
+
+    def journal(self, job: str) -> list[dict[str, Any]]:
+        """The events of a job, oldest first."""
+        return _lines(self.folder / f"{job}.jsonl")
+
+    def note(self, job: str, event: str, **more: Any) -> None:
+        """Adds an event to a job's journal."""
+        _append(self.folder / f"{job}.jsonl", {"event": event, "time": time.time(), **more})
+
+    def log(self, job: str) -> Path:
+        """What rank 0 and the batch script printed."""
+        return self.folder / f"{job}_0_log.out"
+
+
+def find(run: Path) -> tuple[Records, list[Submitted]]:
+    """The records that tell of a run, or of all runs of a sweep, and the newest job of each stage.
+
+    Raises:
+        UserError: nothing was submitted for it.
+    """
+    for records in (Records(run), Records(run.parent)):
+        jobs = [s for s in records.newest().values() if records.folder.parent == run or Path(s.run) == run]
+        if jobs:
+            return records, jobs
+    raise UserError(f"{run}: no job was submitted for it; python -m jobs.submit --run {run} does")
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file that may not be there, or end in a line that is still being written."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
