@@ -70,7 +70,7 @@ def decide(
         return False, None
     # What Slurm is ending otherwise, it knows whether it is to run again.
     if job.get("JobState") != "RUNNING" and not (job.get("JobState") == "TIMEOUT" and status in STOPS):
-        return False, f"ended by Slurm ({job.get('JobState', 'unknown').lower()})"
+        return False, None
     if status in STOPS:
         if job.get("PreemptTime", "None") != "None":
             return True, "preempted"

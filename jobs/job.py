@@ -35,7 +35,7 @@ class StageJob:
         if here.cluster == "slurm":  # the batch script notes the end, and requeues
             trainer.run.ds.end(status)
         if here.global_rank == 0:
-            self.records.note(here.job_id, "ended", status=status)
+            self.records.note(here.job_id, "ended", status=status, why=None)
         if here.cluster == "local":
             trainer.run.ds.end(status)
         return status

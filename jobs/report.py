@@ -85,7 +85,7 @@ def state_of(submitted: Submitted, records: Records, before: dict[str, tuple[str
     if state in ("CANCELLED", "UNKNOWN") and not journal and before.get(submitted.after, ("",))[0] in ENDED_BADLY:
         return "CANCELLED", f"job {submitted.after}, which it waited for, did not succeed"
     if ended is not None and state not in slurm.LIVE:
-        why = ended.get("why") or f"status {ended['status']}"
+        why = ended["why"] or (f"status {ended['status']}" if state == "FAILED" and ended["status"] else "")
     seen = journal or records.log(submitted.job).is_file()
     if state in ("FAILED", "RUNNING") and not seen and time.time() - submitted.time > UNSEEN:
         why = f"left no trace in {records.folder}: is it on a file system that all nodes share?"
