@@ -71,9 +71,25 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.unshared = folder, folder / "unshared"
+        self.names = f"127.0.0.1 {' '.join(NODES)} # {folder}"  # MASTER_ADDR is a node's name
         self.daemons: dict[str, psutil.Popen] = {}
 
     def __enter__(self) -> "Slurm":
+        try:
+            self._start_all()
+        except BaseException:
+            self._end_all()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.command("scancel", "--user=root")
+            _wait_for(lambda: not self.command("squeue", "-h"), 60)
+        finally:
+            self._end_all()
+
+    def _start_all(self) -> None:
         for name in ("state", "unshared", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         host = socket.gethostname().split(".")[0]
@@ -88,8 +104,7 @@ class Slurm:
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         (self.folder / "gres.conf").write_text("\n".join(gres) + "\n")
         os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
-        self._hosts = HOSTS.read_text()
-        HOSTS.write_text(self._hosts.rstrip("\n") + f"\n127.0.0.1 {' '.join(NODES)} # {self.folder}\n")
+        HOSTS.write_text(f"{HOSTS.read_text().rstrip()}\n{self.names}\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
@@ -102,14 +117,11 @@ class Slurm:
         for node in NODES:
             self.start_node(node)
         _wait_for(lambda: all(self.node_state(node) == "IDLE" for node in NODES), 30)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.command("scancel", "--user=root")
-        _wait_for(lambda: not self.command("squeue", "-h"), 60)
+    def _end_all(self) -> None:
         for name in reversed(self.daemons):
             self._end(name)
-        HOSTS.write_text(HOSTS.read_text().replace(f"127.0.0.1 {' '.join(NODES)} # {self.folder}\n", ""))
+        HOSTS.write_text(HOSTS.read_text().replace(f"{self.names}\n", ""))
         del os.environ["SLURM_CONF"]
 
     def _start(self, name: str, command: list[str]) -> None:

@@ -15,7 +15,8 @@ from conftest import run_trainer
 
 from jobs import cancel, report, slurm, status
 from jobs.after import STOPPED, decide, lost_nodes
-from jobs.plan import combinations
+from jobs.batch import _grouped
+from jobs.plan import Planned, combinations
 from jobs.records import Records, Submitted
 from jobs.settings import Request, parse
 from jobs.submit import main
@@ -93,6 +94,23 @@ def test_a_sweep_is_an_array(unchecked: None, tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert out.count("#SBATCH --array=0-3%4") == 2
     assert "#SBATCH --dependency='aftercorr:<job of stage1>'" in out
+
+
+@pytest.mark.parametrize(
+    ("before", "dependencies"),
+    [
+        ((None, None), [None]),
+        (("5_0", "5_1"), ["aftercorr:5"]),
+        (("5_1", "5_0"), ["afterok:5_1", "afterok:5_0"]),  # some of the sweep's stages were complete, say
+        (("5_0", None), ["afterok:5_0", None]),
+        (("5", "6"), ["afterok:5", "afterok:6"]),
+    ],
+)
+def test_what_a_sweeps_next_stage_waits_for(before: tuple, dependencies: list) -> None:
+    runs = [Planned(Path(name), "2", [], Request()) for name in "ab"]
+    grouped = _grouped(runs, {planned.run: job for planned, job in zip(runs, before, strict=True)})
+    assert [after for _, after in grouped] == dependencies
+    assert [planned for part, _ in grouped for planned in part] == runs
 
 
 MISTAKES = {
