@@ -1,8 +1,8 @@
 """Segmentation on the embedded canvases, linear student against softmax baseline: `make bench-segmentation`.
 
-For each seed the same stage 3 three times on equal budgets: from the softmax teacher's weights; from the student of
-stages 1 and 2; and, to see what those two bought, from the teacher's weights copied into linear attention. Judged at
-the last step, on images that chose nothing. Interrupted, the same command goes on where it was.
+For each seed the same stage 3 on equal budgets, by the embedded default's recipe: from the softmax teacher's weights,
+and from the linear student of stages 1 and 2 (`--epochs`). Judged at the last step, on images that chose nothing.
+Interrupted, the same command goes on where it was.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-segmentation")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
-    parser.add_argument("--options", default="", help="of every run, such as '--train.bf16 false'")
+    parser.add_argument("--epochs", type=float, nargs=2, default=(2, 6), metavar=("S1", "S2"), help="of alignment")
     args = parser.parse_args()
     out, lanes = args.out.resolve(), min(len(os.sched_getaffinity(0)), len(args.seeds))
 
@@ -27,16 +27,14 @@ def main() -> None:
         """The last line of each run of a seed."""
 
         def run(name: str, stage: int, *options: str) -> dict:
-            every = ["--train.seed", str(seed), *args.options.split()]
-            return run_stage(out / f"seed{seed}" / name, stage, [*every, *options], threads=1)[-1]
+            return run_stage(out / f"seed{seed}" / name, stage, ["--train.seed", str(seed), *options], threads=1)[-1]
 
         segment = ("--task", "segmentation")
         last = {"softmax baseline": run("softmax", 3, *segment, "--student.attention", "softmax")}
         beside = ("--segmentation.beside", str(out / f"seed{seed}/softmax/stage3/export"))
-        for stage in (1, 2):
-            run("linear", stage)
-        last["linear, after stages 1 and 2"] = run("linear", 3, *segment, *beside)
-        last["linear, copied weights"] = run("copied", 3, *segment, *beside, "--student.parent", "none")
+        for stage, epochs in enumerate(args.epochs, 1):
+            run("linear", stage, "--train.epochs", str(epochs))
+        last["linear student of stages 1 and 2"] = run("linear", 3, *segment, *beside)
         return last
 
     with ThreadPoolExecutor(lanes) as pool:

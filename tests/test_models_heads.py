@@ -172,3 +172,14 @@ def test_an_export_with_another_head_is_named(part: dict | None, word: str, tmp_
     assert json.loads((tmp_path / "config.json").read_text())["segmentation"] == part
     with pytest.raises(ValueError, match=word):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_base_patch14_224", "vit_base_patch16_siglip_224"])
+def test_other_vits_are_backbones_too(name: str) -> None:
+    """Rotary positions, learned ones and attention pooling: every parameter left has a gradient."""
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = models.linearize(timm.create_model(name, **tiny))
+    model = models.Segmenter(vit, models.build_head("linear", 48, 3, blocks=2))
+    mask = torch.randint(0, 3, (2, 48, 40), dtype=torch.uint8)
+    model(torch.randn(2, 3, 48, 40), mask)["loss"].mean().backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None]

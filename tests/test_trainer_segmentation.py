@@ -121,8 +121,11 @@ def test_the_pictures_show_another_run_beside(small: Path, masked: list[str], al
 def test_a_dry_run_counts_every_head(small: Path, masked: list[str], tmp_path: Path) -> None:
     flops = set()
     for name in HEADS:
-        done = run_trainer(small, tmp_path, 3, *masked, *head(name), "--student.attention", "softmax", "--dry_run")
+        options = [*masked, *head(name), "--student.attention", "softmax", "--segmentation.head_lr", "5", "--dry_run"]
+        done = run_trainer(small, tmp_path, 3, *options)
         assert done.code == 0, done.err
+        rates = [line.split("parameters, ")[1].split(" rate ")[1] for line in done.out.splitlines() if " rate " in line]
+        assert set(rates) == {"0.001", "0.005"}
         assert "stage 3: semantic segmentation" in done.out
         flops.add(next(line for line in done.out.splitlines() if line.startswith("FLOPs")))
     assert len(flops) == 3

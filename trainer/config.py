@@ -131,6 +131,7 @@ class Segmentation:
 
     head: str = "linear"  # a name from models.HEADS
     kwargs: dict[str, Any] = field(default_factory=dict)  # the head's own architecture: {blocks: 4}, {channels: 512}
+    head_lr: float = 1.0  # the head's learning rate, times train.lr
     mode: Literal["slide", "whole"] = "slide"  # windows of data.image_size, or the image at once
     stride: float = 2 / 3  # of the windows, as a share of their side
     short_side: int | None = None  # pixels that an image's shorter side is resized to; default: data.image_size
@@ -239,6 +240,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stage3.mixup": _NOT_NEGATIVE,
     "stage3.cutmix": _NOT_NEGATIVE,
     "stage3.ema": _BELOW_1,
+    "segmentation.head_lr": _POSITIVE,
     "segmentation.stride": _FACTOR,
     "segmentation.short_side": _AT_LEAST_1,
     "segmentation.scales": (lambda v: v and min(v) > 0, "values above 0"),

@@ -1,5 +1,6 @@
 """Optimizer, parameter groups and schedule of a stage; the moving average of the weights lives in the optimizer."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from trainer.config import Settings, Train, UserError
+from trainer.config import Settings, Train, UserError, segments
 
 
 class AdamW(torch.optim.AdamW):
@@ -42,7 +43,7 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(student: nn.Module, settings: Settings, fused: bool, cpu_offload: bool) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of `student`: no decay on biases, norms and embeddings, as timm groups them.
 
-    Stage 3 adds `layer_decay`, a factor a block from the last to the first, and `ema`.
+    Stage 3 adds `layer_decay`, a factor a block from the last to the first, `ema`, and segmentation's `head_lr`.
 
     Args:
         fused: torch's fused kernel, on a GPU.
@@ -60,6 +61,8 @@ def build_optimizer(student: nn.Module, settings: Settings, fused: bool, cpu_off
         groups = param_groups_layer_decay(student, **options, layer_decay=settings.stage3.layer_decay)
     else:
         groups = param_groups_weight_decay(student, **options)
+    if segments(settings) and settings.segmentation.head_lr != 1:
+        groups = scaled(groups, student.head.parameters(), settings.segmentation.head_lr)
     groups = [group for group in groups if group["params"]]
     options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     if cpu_offload:
@@ -67,6 +70,14 @@ def build_optimizer(student: nn.Module, settings: Settings, fused: bool, cpu_off
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     return AdamW(groups, ema, fused=fused, **options)
+
+
+def scaled(groups: list[dict[str, Any]], of: Iterable[nn.Parameter], factor: float) -> list[dict[str, Any]]:
+    """The groups, those parameters in groups of their own with `factor` times the learning rate."""
+    chosen = {id(p) for p in of}
+    rest = [group | {"params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    own = [group | {"params": [p for p in group["params"] if id(p) in chosen]} for group in groups]
+    return rest + [group | {"lr_scale": factor * group.get("lr_scale", 1.0)} for group in own]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: Train, steps: int) -> CosineLRScheduler:

@@ -166,7 +166,7 @@ class Segmentation(Stage):
         for part in parts:
             yield index[part], image[part], mask[part], views.probabilities(model, image[part])
         for _ in range(most.item() - calls):
-            model(batch["image"][:1])
+            model(batch["image"][:1, :, : views.window[0], : views.window[1]])
 
 
 def _attention(model: nn.Module) -> str:
