@@ -5,6 +5,8 @@ A real Slurm is in tests/cluster.py.
 
 import json
 import re
+import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from trainer import signals
 from trainer.check import check
 from trainer.config import UserError
 from trainer.config import parse as parse_settings
+from trainer.folder import StageFolder
 
 USR2 = 128 + 12
 
@@ -208,14 +211,23 @@ def test_the_status_is_the_trainers() -> None:
 
 
 def test_a_lost_node_is_one_that_does_not_answer_where_others_do() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         up, down = listening.getsockname(), closed.getsockname()
         assert lost_nodes({"a": up, "b": down}) == ["b"]
         assert lost_nodes({"a": up, "b": up}) == []
         assert lost_nodes({"a": down, "b": down}) == []  # it is the asking that fails
+
+
+def test_a_requeued_job_waits_for_what_is_left_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parse_settings(["--stage", "1", "--run", str(tmp_path)])
+    before, again = StageFolder(settings), StageFolder(settings)
+    before.claim(settings, 0)
+    with pytest.raises(UserError, match="another process is running this stage"):
+        again.claim(settings, 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    threading.Timer(0.5, before._lock.close).start()  # its node is gone at last
+    again.claim(settings, 0)
 
 
 def stage(run: Path, name: str, *lines: dict, complete: bool = False) -> None:
