@@ -21,6 +21,7 @@ from trainer.config import UserError
 STOPPED = 75  # trainer.signals.STOPPED, which would import torch
 # Where the signal came before anything heeded it, nothing was begun either.
 STOPS = {STOPPED, 128 + signal.SIGUSR2, 128 + signal.SIGTERM}
+RUNS = {"RUNNING", "SIGNALING"}  # the latter while it is handed a signal
 TIMED_OUT = "timed out"
 EARLY = 90  # seconds: Slurm may signal as much before the delay asked for
 
@@ -68,9 +69,9 @@ def decide(
     """
     if status == 0:
         return False, None
-    # What Slurm is ending otherwise, it knows whether it is to run again.
-    if job.get("JobState") != "RUNNING" and not (job.get("JobState") == "TIMEOUT" and status in STOPS):
-        return False, None
+    state = job.get("JobState")
+    if state not in RUNS and not (state == "TIMEOUT" and status in STOPS):
+        return False, None  # Slurm is ending it, and knows whether it is to run again
     if status in STOPS:
         if job.get("PreemptTime", "None") != "None":
             return True, "preempted"

@@ -184,6 +184,7 @@ LATE = RUNNING | {"RunTime": "23:58:00"}
     [
         (0, RUNNING, 0, (False, None)),
         (STOPPED, RUNNING, 9, (True, "stopped by a signal")),
+        (STOPPED, LATE | {"JobState": "SIGNALING"}, 0, (True, "timed out")),
         (STOPPED, RUNNING | {"PreemptTime": "2026-01-01T00:00:00"}, 9, (True, "preempted")),
         (STOPPED, LATE | {"PreemptTime": "2026-01-01T00:00:00"}, 9, (True, "preempted")),
         (STOPPED, LATE, 1, (True, "timed out")),
