@@ -9,7 +9,7 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
 .PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
-	bench-resolution bench-segmentation wheel clean
+	bench-resolution bench-scaling bench-segmentation wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench-probe: setup  ## Compare the probes with scikit-learn's, and measure their
 
 bench-resolution: setup  ## Measure time, memory and FLOPs of softmax and linear attention from 224 to 2048 pixels
 	$(PYTHON_VENV) -m benchmarks.resolution $(ARGS)
+
+bench-scaling: setup  ## Print docs/scaling.md's tables (ARGS=--check measures what needs no GPU)
+	$(PYTHON_VENV) -m benchmarks.scaling $(ARGS)
 
 bench-segmentation: setup  ## Segment the embedded canvases: linear student against softmax baseline, two seeds
 	$(PYTHON_VENV) -m benchmarks.segmentation $(ARGS)

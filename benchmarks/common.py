@@ -57,8 +57,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 class Peak:
     """Bytes held at most since `restart`, over those held when it was built: on a GPU of torch's allocator.
 
-    On a CPU of the resident set, which knows of all memory, not only of torch's: what was freed is given back first,
-    and the kernel's mark of the peak is put to now.
+    On a CPU of the resident set, which knows of all memory, not only of torch's. Until it is called, what is freed is
+    given back at once, so that holes in the heap do not count; a pass takes longer meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,12 +72,21 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.cuda)
         else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+            LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+            LIBC.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak: proc(5)
 
     def __call__(self) -> int:
         """The bytes."""
-        return (torch.cuda.max_memory_allocated(self.cuda) if self.cuda else _resident("VmHWM")) - self.before
+        if self.cuda:
+            return torch.cuda.max_memory_allocated(self.cuda) - self.before
+        LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # where the C library's own threshold ends up
+        LIBC.mallopt(M_TRIM_THRESHOLD, 1 << 26)
+        return _resident("VmHWM") - self.before
+
+
+LIBC = ctypes.CDLL(None)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def _resident(which: str) -> int:

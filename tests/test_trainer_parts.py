@@ -6,17 +6,20 @@ import resource
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 import models
+from benchmarks.common import Peak
 from data import eval_loader, train_loader
 from trainer.build import build
 from trainer.config import RECIPES, Train, UserError, first_difference, parse
-from trainer.dry_run import model_state_bytes
-from trainer.engine import world
+from trainer.dry_run import measure, memory_bytes, model_state_bytes
+from trainer.engine import DeepSpeedZeroConfig, world
 from trainer.optim import AdamW, build_schedule
 from trainer.run import main
+from trainer.stages import STAGES
 from trainer.tracking import Tracker
 
 
@@ -157,10 +160,41 @@ def test_dry_run_says_what_would_run_and_makes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("checkpointing", ("false", "true"))
+def test_a_micro_batch_takes_what_dry_run_counts(checkpointing: str) -> None:
+    """Peak of the resident set, of a pass of stage 2 that takes some 100 MB, against what is counted over shapes."""
+    options = ["--train.grad_checkpointing", checkpointing, "--train.bf16", "false"]
+    settings = parse(["--stage", "2", *options])
+    torch.manual_seed(0)
+    teacher = timm.create_model("vit_tiny_patch16_224", img_size=256, depth=4, num_classes=0)
+    stage = STAGES["2"](settings, models.linearize(teacher), teacher)
+    _, counted = measure(stage, 256, 8, torch.float32)
+    image = torch.randn(8, 3, 256, 256)
+    stage({"image": image[:1]})["loss"].backward()  # what libraries keep once they have run
+    peak = Peak(torch.device("cpu"))
+    stage.zero_grad(set_to_none=False)
+    stage({"image": image})["loss"].backward()
+    assert counted == pytest.approx(peak(), rel=0.3)
+
+
 def test_model_states_shrink_with_zero_stage_and_ranks() -> None:
     # 7.5 B parameters on 64 ranks: 31.4, 16.6 and 1.88 GB, figure 1 of arXiv 1910.02054.
     sizes = [model_state_bytes(7_500_000_000, 0, 0, zero, 64, bf16=True, offload=False) / 1e9 for zero in (1, 2, 3)]
     assert sizes == pytest.approx([31.4, 16.6, 1.88], rel=0.01)
+
+
+def test_memory_counts_what_is_there_at_a_time() -> None:
+    """1 B parameters on 10 ranks, a micro-batch of 5 GB, buffers of 1 GB: gradients come as activations go."""
+
+    def at_most(zero: int, activations: float, accumulate: int) -> float:
+        config = DeepSpeedZeroConfig(stage=zero, max_live_parameters=1)
+        return memory_bytes(10**9, 0, 0, config, 10, True, False, activations, accumulate) / 1e9
+
+    assert at_most(1, 5e9, 1) == pytest.approx(2 + 1.2 + 1 + 5)
+    assert at_most(1, 5e9, 2) == pytest.approx(2 + 1.2 + 1 + 2 + 5)  # those of the first micro-batch
+    assert at_most(1, 1e9, 1) == pytest.approx(2 + 1.2 + 1 + 2 + 0.4)  # the update, which takes a share in fp32
+    assert at_most(2, 5e9, 2) == pytest.approx(2 + 1.2 + 1 + 0.2 + 5)
+    assert at_most(3, 5e9, 1) == pytest.approx(0.2 + 1.2 + 1 + 0.2 + 5)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))

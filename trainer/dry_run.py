@@ -5,7 +5,6 @@ import weakref
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.build import Job
 from trainer.config import Settings
-from trainer.engine import World, accumulation, offloads
+from trainer.engine import DeepSpeedZeroConfig, World, accumulation, offloads
 from trainer.optim import build_optimizer
 from trainer.resolution import Size, pair
 from trainer.stages import Stage
@@ -31,8 +30,10 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     micro = settings.train.batch_size // me.size // accumulate
     dtype = torch.bfloat16 if settings.train.bf16 else torch.float32
     flops, activations = measure(stage, job.export["input"]["image_size"], micro, dtype)
-    states = model_state_bytes(trained, frozen, teacher, zero, me.size, settings.train.bf16, offloads(config))
-    buffers = buffer_bytes(config["zero_optimization"], trained, me.size, settings.train.bf16)
+    bf16, offload = settings.train.bf16, offloads(config)
+    states = model_state_bytes(trained, frozen, teacher, zero, me.size, bf16, offload)
+    known = DeepSpeedZeroConfig(**config["zero_optimization"])
+    memory = memory_bytes(trained, frozen, teacher, known, me.size, bf16, offload, activations, accumulate)
     groups = build_optimizer(stage.student, settings, fused=False, cpu_offload=False).param_groups
     unverified = [str(info.path) for info in (job.train, job.val) if info is not None and info.digest is None]
     lines = [
@@ -51,8 +52,8 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
         f"steps: {job.steps:,} of {settings.train.batch_size} images "
         f"({me.size} ranks x {accumulate} x {micro}), {job.steps_per_epoch:,} an epoch",
         f"FLOPs a step: {flops * settings.train.batch_size:.3e}",
-        f"memory a rank: {(states + buffers + activations) / GIB:.2f} GiB, an estimate: states {states / GIB:.2f} "
-        f"(ZeRO {zero}), DeepSpeed's buffers {buffers / GIB:.2f}, a micro-batch {activations / GIB:.2f}",
+        f"memory a rank: {memory / GIB:.2f} GiB at most, an estimate; of it weights, gradients and optimizer "
+        f"{states / GIB:.2f} (ZeRO {zero}), a micro-batch {activations / GIB:.2f}, the rest DeepSpeed's buffers",
     ]
     return "\n".join(lines)
 
@@ -61,7 +62,7 @@ def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> t
     """FLOPs an image (forward and backward), and the most bytes that a micro-batch of `micro` images takes at a time.
 
     Both are counted on a real pass over shapes alone. The bytes are of all tensors that it makes: activations kept for
-    backward, what the teacher and each operation hold for a while, the gradient of a weight until it is added up; also
+    backward, what the teacher and each operation hold for a while, the gradient of a weight until it is complete; also
     what gradient checkpointing makes again. Workspace inside a kernel is not seen.
     """
     height, width = pair(image_size)
@@ -76,16 +77,24 @@ def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> t
             if module is not None:
                 module.to_empty(device="cpu")
         for p in stage.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_drop_gradient)
         batch = {
             "image": torch.empty(micro, 3, height, width, dtype=dtype),
             "label": torch.empty(micro, dtype=torch.long),
             "mask": torch.empty(micro, height, width, dtype=torch.uint8),
             "key": torch.empty(micro, dtype=torch.long),
         }
-        with FlopCounterMode(display=False) as counter, Taken() as taken:
+        # In turn: the counter of FLOPs keeps what gradient checkpointing would free.
+        with FlopCounterMode(display=False) as counter:
             stage.train()(batch)["loss"].backward()
+        with Taken() as taken:
+            stage(batch)["loss"].backward()
     return counter.get_total_flops() / micro, taken.most
+
+
+def _drop_gradient(p: torch.Tensor) -> None:
+    p.grad = None  # counted with the states
 
 
 class Taken(TorchDispatchMode):
@@ -124,19 +133,31 @@ def model_state_bytes(
     """
     width = 2 if bf16 else 4
     weights = (trained + frozen) * width / (ranks if zero == 3 else 1)
-    gradients = trained * width / (ranks if zero >= 2 else 1)
     optimizer = 0 if offload else trained * 12 / ranks
-    return weights + gradients + optimizer + teacher * width
+    return weights + gradient_bytes(trained, zero, ranks, bf16) + optimizer + teacher * width
 
 
-def buffer_bytes(zero: dict[str, Any], trained: int, ranks: int, bf16: bool) -> float:
-    """Bytes a rank of DeepSpeed's buffers, as `zero_optimization` sizes them.
+def gradient_bytes(trained: int, zero: int, ranks: int, bf16: bool) -> float:
+    """Bytes a rank of complete gradients in the working precision."""
+    return trained * (2 if bf16 else 4) / (ranks if zero >= 2 else 1)
 
-    One in which gradients are reduced (two where ZeRO 1 or 2 overlaps that with backward); ZeRO 3's gathered weights,
-    at most; and before an update this rank's gradients in fp32, which come when the activations are gone but are
-    counted here: they are small where there are many ranks.
+
+def memory_bytes(
+    trained: int, frozen: int, teacher: int, zero: DeepSpeedZeroConfig, ranks: int, bf16: bool, offload: bool,
+    activations: float, accumulate: int,
+) -> float:  # fmt: skip
+    """Bytes a rank at most, as DeepSpeed takes them.
+
+    Beside the states there is a buffer in which gradients are reduced (two where ZeRO 1 or 2 overlaps that with
+    backward), and ZeRO 3's gathered weights. A micro-batch takes most when its backward begins: there are no gradients
+    yet then, but those of earlier micro-batches, and ZeRO 3's, which stay. The update takes this rank's in fp32.
     """
-    known, width = DeepSpeedZeroConfig(**zero), 2 if bf16 else 4
-    buckets = 2 if known.overlap_comm and known.stage < 3 else 1
-    gathered = min(known.max_live_parameters, trained) if known.stage == 3 else 0
-    return (buckets * known.reduce_bucket_size + gathered) * width + 4 * trained / ranks
+    width = 2 if bf16 else 4
+    buffers = width * zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+    if zero.stage == 3:
+        buffers += width * min(zero.max_live_parameters, trained + frozen)
+    gradients = gradient_bytes(trained, zero.stage, ranks, bf16)
+    rest = model_state_bytes(trained, frozen, teacher, zero.stage, ranks, bf16, offload) - gradients
+    kept = gradients if accumulate > 1 or zero.stage == 3 else 0
+    update = 0 if offload else 4 * trained / ranks
+    return rest + buffers + max(kept + activations, gradients + update)
