@@ -67,12 +67,11 @@ def decide(
         job: what Slurm says of it, see `slurm.show`.
         timeouts: that it went through before.
     """
-    if status == 0:
-        return False, None
-    state = job.get("JobState")
-    if state not in RUNS and not (state == "TIMEOUT" and status in STOPS):
-        return False, None  # Slurm is ending it, and knows whether it is to run again
-    if status in STOPS:
+    # The limit came before the ranks had saved on its warning, or srun ended before them.
+    late = job.get("Reason") == "TimeLimit" and status in STOPS | {0}
+    if not late and (status == 0 or job.get("JobState") not in RUNS):
+        return False, None  # done; or Slurm is ending it, and knows whether it is to run again
+    if late or status in STOPS:
         if job.get("PreemptTime", "None") != "None":
             return True, "preempted"
         left = slurm.seconds(job.get("TimeLimit", "")) - slurm.seconds(job.get("RunTime", "0:00:00"))

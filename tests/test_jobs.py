@@ -176,6 +176,7 @@ def test_what_would_fail_on_a_node_is_found_before(small: Path, tmp_path: Path, 
 
 
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "RunTime": "00:10:00", "TimeLimit": "1-00:00:00"}
+ENDING = {"JobState": "COMPLETING", "Reason": "None"}  # cancelled, say
 LATE = RUNNING | {"RunTime": "23:58:00"}
 
 
@@ -191,10 +192,10 @@ LATE = RUNNING | {"RunTime": "23:58:00"}
         (STOPPED, LATE, 2, (False, "timed out 3 times; give it more --time or --max_timeouts, and submit it again")),
         (STOPPED, RUNNING | {"TimeLimit": "UNLIMITED"}, 0, (True, "stopped by a signal")),
         (USR2, RUNNING, 0, (True, "stopped by a signal")),
-        (STOPPED, LATE | {"JobState": "TIMEOUT"}, 0, (True, "timed out")),
-        (143, RUNNING | {"JobState": "TIMEOUT", "RunTime": "1-00:00:03"}, 0, (True, "timed out")),
-        (137, RUNNING | {"JobState": "TIMEOUT", "RunTime": "1-00:00:03"}, 0, (False, None)),
-        (STOPPED, RUNNING | {"JobState": "CANCELLED"}, 0, (False, None)),
+        (STOPPED, LATE | ENDING | {"Reason": "TimeLimit"}, 0, (True, "timed out")),
+        (0, LATE | ENDING | {"Reason": "TimeLimit"}, 0, (True, "timed out")),  # where it was done, it finds that out
+        (2, LATE | ENDING | {"Reason": "TimeLimit"}, 0, (False, None)),
+        (STOPPED, RUNNING | ENDING, 0, (False, None)),
         (1, RUNNING, 0, (False, None)),
         (2, RUNNING, 0, (False, None)),
         (137, RUNNING, 0, (False, None)),
