@@ -90,12 +90,16 @@ class Run:
         return max([line["step"] for line in curve(path.parent)], default=0) if path.exists() else 0
 
     def wait(self, condition: Callable[[], bool], seconds: float = 400) -> None:
-        """Until it holds. Jobs that were requeued need not wait for two minutes, as Slurm has them do."""
+        """Until it holds. Jobs that were requeued wait for 5 s, not for two minutes as Slurm has them do.
+
+        Where one starts in the second in which it ended, its node takes it for the one that ended and refuses it.
+        """
         end = time.monotonic() + seconds
+        seen: dict[str, float] = {}
         while not condition():
             for job in self.slurm.command("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines():
                 name, reason = job.split(maxsplit=1)
-                if reason == "BeginTime":
+                if reason == "BeginTime" and time.monotonic() - seen.setdefault(name, time.monotonic()) > 5:
                     self.slurm.command("scontrol", "update", f"jobid={name}", "StartTime=now")
             assert time.monotonic() < end, self.status() + self.slurm.command("squeue")
             time.sleep(0.5)
