@@ -264,7 +264,7 @@ def test_mistakes_are_named_in_slurms_words(
     cluster: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.submit.check", lambda chain: None)  # it would find some of them itself
-    common = ("--run", str(tmp_path / "run"), "--stages", "1", "2")
+    common = ("--run", str(tmp_path / "run"), "--stages", "1", "2", "--time", "30")
     mistakes = {
         ("--partition", "nosuch"): r"error: sbatch: .*invalid partition specified: nosuch.*",
         ("--gpus_per_node", "8"): r"error: sbatch: .*Requested node configuration is not available.*",
