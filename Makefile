@@ -26,7 +26,7 @@ test: setup  ## Run the tests
 faults: setup  ## Kill runs, fill disks, damage files: over 100 kills and 200 inputs (about 20 minutes on 2 cores)
 	$(PYTHON_VENV) tests/faults.py $(ARGS)
 
-cluster-test: setup  ## Run chains of jobs on a real Slurm of two nodes, installed through apt (root; about 10 minutes)
+cluster-test: setup  ## Run chains of jobs on a real Slurm of two nodes, installed through apt (root; 10 to 15 minutes)
 	$(PYTHON_VENV) -m pytest tests/cluster.py -v --durations=10 $(ARGS)
 
 lint: setup  ## Check style and format
