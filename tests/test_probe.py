@@ -189,18 +189,19 @@ def test_two_ranks_find_the_same(small: Path, shifted: Path, alone: Path, tmp_pa
     assert contents(done.folder) == contents(alone)
 
 
-def test_a_rotary_teacher_alone_by_ridge(small: Path, tmp_path: Path) -> None:
+def test_a_rotary_teacher_alone_and_beside_its_student_by_ridge(small: Path, tmp_path: Path) -> None:
     kwargs = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
     teacher = ["--teacher.name", "eva02_tiny_patch14_224", "--teacher.kwargs", json.dumps(kwargs)]
     teacher += ["--teacher.weights", "null", "--teacher.pretrained", "false"]
-    wanted = ["--probe.models", "[teacher]", "--probe.solver", "ridge", "--probe.pooling", "[both]"]
-    done = run_trainer(small, tmp_path, "probe", *teacher, *wanted, "--train.bf16", "true")
-    assert done.code == 0, done.err
-    rows = json.loads((done.folder / "results.json").read_text())["results"]
-    assert {row["module"] for row in rows} == {"patch_embed", *models.BLOCK_MODULES, "norm"}
-    assert not (done.folder / "features").exists()
-    linear = run_trainer(small, tmp_path / "both", "probe", *teacher)
-    assert "cannot be linearised" in linear.error
+    wanted = ["--probe.solver", "ridge", "--probe.pooling", "[both]", "--train.bf16", "true"]
+    for probed in (["teacher"], ["teacher", "student"]):
+        run, chosen = tmp_path / str(len(probed)), ["--probe.models", json.dumps(probed)]
+        done = run_trainer(small, run, "probe", *teacher, *wanted, *chosen)
+        assert done.code == 0, done.err
+        rows = json.loads((done.folder / "results.json").read_text())["results"]
+        modules = {"patch_embed", *models.BLOCK_MODULES, "norm"}
+        assert {(row["model"], row["module"]) for row in rows} == {(m, module) for m in probed for module in modules}
+        assert not (done.folder / "features").exists()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
