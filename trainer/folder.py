@@ -13,7 +13,7 @@ from torch import Tensor
 
 import models
 from trainer.config import Settings, UserError, as_dict, first_difference
-from trainer.paths import is_complete, stage_path
+from trainer.paths import is_complete, stage_path, write_aside
 
 PATIENCE = 240.0  # seconds that a job which Slurm requeued waits for what may be left of itself on a lost node
 
@@ -58,9 +58,7 @@ class StageFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             _lock(self._lock, PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
-            part = self.path / "config.yaml.part"
-            part.write_text(yaml.safe_dump(as_dict(settings), sort_keys=False))
-            os.replace(part, self.path / "config.yaml")
+            write_aside(self.path / "config.yaml", yaml.safe_dump(as_dict(settings), sort_keys=False))
         except BlockingIOError as error:
             raise UserError(
                 f"{self.path}: another process is running this stage; wait for it, or use another --run"

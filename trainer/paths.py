@@ -1,5 +1,6 @@
-"""Where a stage lies in a run folder, and whether it is done; imports nothing heavy."""
+"""Where a stage lies in a run folder, whether it is done, and how a file gets there; imports nothing heavy."""
 
+import os
 from pathlib import Path
 
 
@@ -11,3 +12,10 @@ def stage_path(run: str | Path, stage: str) -> Path:
 def is_complete(path: Path) -> bool:
     """Whether the stage at `path` has handed on its export, or the probe its results."""
     return (path / "export" / "config.json").is_file() or (path / "results.json").is_file()
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import matplotlib
 import numpy as np
 
 from models import BLOCK_MODULES
+from trainer.paths import write_aside
 from trainer.probe.fit import Fit
 
 matplotlib.use("Agg")
@@ -54,9 +54,7 @@ def report(folder: Path, fits: list[Fit], record: dict[str, Any]) -> str:
         plt.close(figure)
     tables = "\n".join(table(chosen, model, name) for name in tests for model in record["models"])
     results = {"advice": advice, "intervals": "95 %: Wilson; differences: paired, normal", **record, "results": rows}
-    part = folder / "results.json.part"
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, folder / "results.json")
+    write_aside(folder / "results.json", json.dumps(results, indent=1) + "\n")
     return f"{tables}\n" + "\n".join(advice) + f"\nprobe is done: {folder}/results.json, .csv and pictures"
 
 

@@ -5,7 +5,6 @@ folder; then groups of feature vectors are fitted, each on one rank. Stopped any
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from trainer import engine as ds
 from trainer.build import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
 from trainer.config import Settings, UserError, first_difference
 from trainer.folder import StageFolder
+from trainer.paths import write_aside
 from trainer.probe.features import Reader, Split, Store, extract
 from trainer.probe.fit import Vector, fit_groups, groups_of, kept, vectors_of
 from trainer.probe.report import report
@@ -248,13 +248,6 @@ def describe(settings: Settings, plan: Plan) -> str:
         f"{settings.probe.solver}",
     ]
     return "\n".join(lines)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def _setting(name: str) -> str:
