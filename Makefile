@@ -24,10 +24,10 @@ test: setup  ## Run the tests
 	$(PYTHON_VENV) -m pytest tests -q --durations=10 $(ARGS)
 
 faults: setup  ## Kill runs, fill disks, damage files: over 100 kills and 200 inputs (about 20 minutes on 2 cores)
-	$(PYTHON_VENV) tests/faults.py $(ARGS)
+	$(PYTHON_VENV) -m tests.suites.faults $(ARGS)
 
 cluster-test: setup  ## Run chains of jobs on a real Slurm of two nodes, installed through apt (root; 10 to 15 minutes)
-	$(PYTHON_VENV) -m pytest tests/cluster.py -v --durations=10 $(ARGS)
+	$(PYTHON_VENV) -m pytest tests/suites/cluster.py -v --durations=10 $(ARGS)
 
 lint: setup  ## Check style and format
 	.venv/bin/ruff check .
@@ -63,7 +63,7 @@ bench-scaling: setup  ## Print docs/scaling.md's tables (ARGS=--check measures w
 bench-segmentation: setup  ## Segment the embedded canvases: linear student against softmax baseline, two seeds
 	$(PYTHON_VENV) -m benchmarks.segmentation $(ARGS)
 
-wheel: setup  ## Build dist/vit_linearizer-*.whl, which carries models/ alone
+wheel: setup  ## Build dist/unsoftmax-*.whl, which carries models/ alone
 	rm -rf build dist
 	.venv/bin/python -m build --no-isolation --wheel
 

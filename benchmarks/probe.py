@@ -24,7 +24,7 @@ from benchmarks.common import ROOT, markdown
 from benchmarks.stages import prepare
 from models import BLOCK_MODULES
 from trainer.config import parse
-from trainer.folder import StageFolder
+from trainer.output.folder import StageFolder
 from trainer.probe.fit import fit_groups, groups_of, kept
 from trainer.probe.stage import Plan, make_plan
 

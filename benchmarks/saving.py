@@ -18,9 +18,9 @@ import timm
 import torch
 
 from benchmarks.common import markdown
-from trainer import engine as ds
-from trainer.checkpoint import Checkpoints
-from trainer.optim import AdamW
+from trainer.engine import engine as ds
+from trainer.engine.checkpoint import Checkpoints
+from trainer.engine.optim import AdamW
 
 BATCH, STEPS = 2, 6  # images a step; steps after each save
 

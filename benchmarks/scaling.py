@@ -25,11 +25,11 @@ from benchmarks.common import ROOT, Peak, markdown
 from data import train_loader
 from data.write import write
 from models import linearize
-from trainer import engine as ds
 from trainer.config import parse
-from trainer.dry_run import GIB, measure, memory_bytes
-from trainer.engine import DeepSpeedZeroConfig, deepspeed_config
-from trainer.optim import build_optimizer
+from trainer.engine import engine as ds
+from trainer.engine.engine import DeepSpeedZeroConfig, deepspeed_config
+from trainer.engine.optim import build_optimizer
+from trainer.setup.dry_run import GIB, measure, memory_bytes
 from trainer.stages import STAGES, Stage
 
 # name -> (timm's name, image sizes that its patches divide, nearest to 512 and 1024 pixels)

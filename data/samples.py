@@ -79,7 +79,7 @@ class Digits:
 
 
 def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
-    """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/vit-linearizer/digits-v3/`.
+    """Path of a split's .beton file, written on the first call into `$XDG_CACHE_HOME/unsoftmax/digits-v3/`.
 
     With `corruption`, (name, severity), of the split's shifted copy, see `data.corrupt`.
 
@@ -95,7 +95,7 @@ def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
     if corruption is not None:
         check(*corruption)
         name = f"{split}-{corruption[0]}-{corruption[1]}"
-    path = cache / "vit-linearizer" / "digits-v3" / f"{name}.beton"
+    path = cache / "unsoftmax" / "digits-v3" / f"{name}.beton"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / ".lock", "w") as lock:

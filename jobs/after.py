@@ -18,7 +18,7 @@ from jobs import slurm
 from jobs.records import Records
 from trainer.config import UserError
 
-STOPPED = 75  # trainer.signals.STOPPED, which would import torch
+STOPPED = 75  # trainer.ranks.signals.STOPPED, which would import torch
 # Where the signal came before anything heeded it, nothing was begun either.
 STOPS = {STOPPED, 128 + signal.SIGUSR2, 128 + signal.SIGTERM}
 RUNS = {"RUNNING", "SIGNALING"}  # the latter while it is handed a signal

@@ -20,7 +20,7 @@ from jobs import slurm
 from jobs.plan import Chain, Planned
 from jobs.records import Records, Submitted
 from jobs.settings import STAGES
-from trainer.paths import is_complete
+from trainer.output.paths import is_complete
 
 
 def submit(chain: Chain, records: Records) -> None:

@@ -8,7 +8,7 @@ import submitit
 from jobs.plan import Chain, Planned
 from jobs.records import Records, Submitted
 from jobs.report import last_error
-from trainer.paths import is_complete
+from trainer.output.paths import is_complete
 
 
 def run(chain: Chain, records: Records) -> int:

@@ -29,15 +29,15 @@ class StageJob:
             os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # by which DeepSpeed knows of one node
         if here.global_rank == 0:
             self.records.note(here.job_id, "started", nodes=list(here.hostnames), ranks=here.num_tasks)
-        import trainer.run
+        import trainer.main
 
-        status = self._check_gpus() or trainer.run.main(self.argv)
+        status = self._check_gpus() or trainer.main.main(self.argv)
         if here.cluster == "slurm":  # the batch script notes the end, and requeues
-            trainer.run.ds.end(status)
+            trainer.main.ds.end(status)
         if here.global_rank == 0:
             self.records.note(here.job_id, "ended", status=status, why=None)
         if here.cluster == "local":
-            trainer.run.ds.end(status)
+            trainer.main.ds.end(status)
         return status
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -47,8 +47,8 @@ class StageJob:
     def _check_gpus(self) -> int:
         import torch
 
-        from trainer.engine import world
-        from trainer.watchdog import Watchdog
+        from trainer.engine.engine import world
+        from trainer.ranks.watchdog import Watchdog
 
         me, found = world(), torch.cuda.device_count()
         if me.local_rank < self.gpus_per_node and found < self.gpus_per_node:

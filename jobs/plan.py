@@ -15,7 +15,7 @@ from jobs.records import Records
 from jobs.settings import Request
 from trainer.config import UserError
 from trainer.config import parse as parse_settings
-from trainer.paths import stage_path
+from trainer.output.paths import stage_path
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def check(chain: Chain) -> None:
         for runs in chain
         for planned in runs
     ]
-    command = [sys.executable, "-m", "trainer.check"]
+    command = [sys.executable, "-m", "trainer.setup.check"]
     done = subprocess.run(command, input=json.dumps(jobs), stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     error = re.search(r"(?m)^error: (.*)", done.stderr)
     if error:
         raise UserError(error[1])
     if done.returncode:
-        raise UserError(f"trainer.check ended with status {done.returncode}: {done.stderr}")
+        raise UserError(f"trainer.setup.check ended with status {done.returncode}: {done.stderr}")
 
 
 def graph(chain: Chain) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from jobs import slurm
 from jobs.records import Records, Submitted
-from trainer.paths import is_complete, stage_path
+from trainer.output.paths import is_complete, stage_path
 
 UNSEEN = 60  # seconds in which a shared file system may not yet show what a node wrote
 

@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from zygote import Run, Zygote, free_port
 
 from data.write import write
+from tests.support.zygote import Run, Zygote, free_port
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 ARCHITECTURE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 4}
 

@@ -5,9 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faults import EQUAL, ERROR, LOST, SKIPPED, UNEXPLAINED, Bench, Suite, differences, judge
-from faults_damage import short, undamaged
 from safetensors.torch import load_file, save_file
+
+from tests.suites.faults import EQUAL, ERROR, LOST, SKIPPED, UNEXPLAINED, Bench, Suite, differences, judge
+from tests.suites.faults_damage import short, undamaged
 
 WANTED = {"kills": 5, "disk": 1, "settings": 60, "beton": 2, "checkpoint": 2, "kept": 2, "text": 2, "hostile": 3}
 

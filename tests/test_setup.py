@@ -63,9 +63,9 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_wheel_carries_models_alone(wheel):
     names = wheel.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"vit_linearizer"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"unsoftmax"}
     ours = {p.relative_to(ROOT / "models").as_posix() for p in (ROOT / "models").rglob("*.py")}
-    packed = {n.removeprefix("vit_linearizer/") for n in names if n.endswith(".py")}
+    packed = {n.removeprefix("unsoftmax/") for n in names if n.endswith(".py")}
     assert packed == ours, "a folder of models/ is not in [tool.setuptools] packages of pyproject.toml"
 
 
@@ -83,7 +83,7 @@ def test_wheel_imports_outside_the_clone(wheel, tmp_path):
     # -S keeps the clone's own .pth away; what the wheel may use comes from site-packages by name.
     site = next(p for p in sys.path if p.endswith("site-packages"))
     code = (
-        f"import sys; sys.path += [{str(tmp_path)!r}, {site!r}]; import vit_linearizer; "
+        f"import sys; sys.path += [{str(tmp_path)!r}, {site!r}]; import unsoftmax; "
         "bad = sorted({'models', 'data', 'trainer', 'ffcv', 'deepspeed'} & set(sys.modules)); assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -136,7 +136,7 @@ def test_setup_installs_once_then_updates_in_place(clone):
     done, calls = set_up(clone)
     assert done.returncode == 0, done.stderr
     assert calls == ["venv", "install"]
-    assert (clone / ".venv/vit_linearizer_clone.pth").read_text() == f"{clone}\n"
+    assert (clone / ".venv/unsoftmax_clone.pth").read_text() == f"{clone}\n"
     assert set_up(clone)[1] == []
     with (clone / "requirements.lock").open("a") as lock:
         lock.write("more==1\n")

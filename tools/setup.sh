@@ -147,7 +147,7 @@ pip install -q --require-hashes -r .venv/pip.txt &&
     fail "pip could not install requirements.lock (its message is above); mend it and run the same command again"
 
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf '%s\n' "$root" >"$site/vit_linearizer_clone.pth"
+printf '%s\n' "$root" >"$site/unsoftmax_clone.pth"
 
 .venv/bin/python -c 'import cv2, deepspeed, ffcv, timm' >.venv/imports.log 2>&1 || {
     tail -n 5 .venv/imports.log >&2

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from trainer import resolution
+from trainer.setup import resolution
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -164,7 +164,7 @@ class Wandb:
     """Weights & Biases; offline unless a key is set."""
 
     enabled: bool = True
-    project: str = "vit-linearizer"
+    project: str = "unsoftmax"
 
 
 @dataclass

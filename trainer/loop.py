@@ -9,11 +9,11 @@ import torch
 from deepspeed import comm as dist
 from timm.scheduler.scheduler import Scheduler
 
-from trainer.checkpoint import Checkpoints
 from trainer.config import Train, UserError
-from trainer.engine import DeepSpeedEngine
-from trainer.signals import STOPPED, StopFlag, Stopped, on_any_rank
-from trainer.tracking import Tracker
+from trainer.engine.checkpoint import Checkpoints
+from trainer.engine.engine import DeepSpeedEngine
+from trainer.output.tracking import Tracker
+from trainer.ranks.signals import STOPPED, StopFlag, Stopped, on_any_rank
 
 
 def train(

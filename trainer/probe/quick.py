@@ -7,11 +7,11 @@ from torch import Tensor
 
 import data
 from models import tap_names
-from trainer.build import Job
 from trainer.config import Settings, UserError
-from trainer.engine import DeepSpeedEngine, World
+from trainer.engine.engine import DeepSpeedEngine, World
 from trainer.probe.features import tapped
 from trainer.probe.solve import ridge, statistics
+from trainer.setup.build import Job
 
 IMAGES = 2048  # of the training images at most, drawn by lots: half are fitted, half are judged on
 SHRINKAGE = 0.01  # ridge's alpha, as a share of the images that are fitted

@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 
 from models import BLOCK_MODULES
-from trainer.paths import write_aside
+from trainer.output.paths import write_aside
 from trainer.probe.fit import Fit
 
 matplotlib.use("Agg")

@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 import data
 import models
-from trainer import engine as ds
-from trainer.build import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
 from trainer.config import Settings, UserError, first_difference
-from trainer.folder import StageFolder
-from trainer.paths import write_aside
+from trainer.engine import engine as ds
+from trainer.output.folder import StageFolder
+from trainer.output.paths import write_aside
 from trainer.probe.features import Reader, Split, Store, extract
 from trainer.probe.fit import Vector, fit_groups, groups_of, kept, vectors_of
 from trainer.probe.report import report
-from trainer.signals import STOPPED, StopFlag, Stopped
+from trainer.ranks.signals import STOPPED, StopFlag, Stopped
+from trainer.setup.build import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
 
 MODULES = ["patch_embed", *(f"blocks.*.{module}" for module in models.BLOCK_MODULES), "norm"]
 

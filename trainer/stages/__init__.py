@@ -5,7 +5,7 @@ from trainer.stages.attention_alignment import AttentionAlignment
 from trainer.stages.base import Stage
 from trainer.stages.feature_alignment import FeatureAlignment
 from trainer.stages.finetune import Finetune
-from trainer.stages.segmentation import Segmentation
+from trainer.stages.segmentation.stage import Segmentation
 
 STAGES: dict[str, type[Stage] | dict[str, type[Stage]]] = {
     "1": AttentionAlignment,

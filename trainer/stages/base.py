@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from data import Loader
 from models import LinearAttention, ViT, taps
 from trainer.config import Settings
-from trainer.engine import DeepSpeedEngine, set_working_copy
-from trainer.shards import WEIGHT, Shards
+from trainer.engine.engine import DeepSpeedEngine, set_working_copy
+from trainer.engine.shards import WEIGHT, Shards
 
 Batch = dict[str, Tensor]
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from data import Loader
 from models import taps
-from trainer.engine import DeepSpeedEngine
-from trainer.pictures import draw_features
+from trainer.engine.engine import DeepSpeedEngine
 from trainer.stages.base import Batch, Pass, Stage
+from trainer.stages.pictures import draw_features
 
 SHOWN = 8  # images in the picture, at most
 

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import ViT
-from trainer.keyed import DropPath, Mixup, draw_paths
 from trainer.stages.base import Batch, Pass, Stage
+from trainer.stages.keyed import DropPath, Mixup, draw_paths
 
 
 class Finetune(Stage):

@@ -1,0 +1,230 @@
+"""What `save` writes, `load` gives back, in this process and in one that has the wheel alone."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+
+from models import fingerprint, linear_blocks, linearize, load, read_config, save
+
+ROOT = Path(__file__).parents[2]
+NAME = "vit_tiny_patch16_224"
+KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5,
+          "reg_tokens": 4, "qk_norm": True, "init_values": 0.1}  # fmt: skip
+
+
+def build(keep=(), seed=0):
+    torch.manual_seed(seed)
+    vit = timm.create_model(NAME, **KWARGS).eval()
+    with torch.no_grad():
+        for weight in vit.parameters():
+            weight.normal_(std=0.2)
+    return linearize(vit, keep_softmax=keep)
+
+
+def config(vit):
+    return {
+        "backbone": {"name": NAME, "kwargs": KWARGS},
+        "attention": {"feature_map": "elu1", "linear_blocks": linear_blocks(vit)},
+        "input": {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
+        "lineage": {"stages": [1, 2]},
+    }
+
+
+def export(folder, vit):
+    save(folder, vit.state_dict(), config(vit))
+    return folder
+
+
+@pytest.mark.parametrize("keep", [(), (0, -1), (0, 1, 2)], ids=["linear", "partly linear", "softmax"])
+@torch.no_grad()
+def test_round_trip_to_the_bit(tmp_path, keep):
+    vit = build(keep)
+    loaded = load(export(tmp_path / "a" / "export", vit))
+    assert fingerprint(loaded) == fingerprint(vit)
+    assert linear_blocks(loaded) == linear_blocks(vit) == sorted({0, 1, 2} - {i % 3 for i in keep})
+    assert not loaded.training
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), vit(x))
+    written = read_config(tmp_path / "a" / "export")
+    assert len(written.pop("digest")) == 64 and written == {"format": 1, **config(vit)}
+    assert {path.name for path in (tmp_path / "a" / "export").iterdir()} == {"model.safetensors", "config.json"}
+
+
+@torch.no_grad()
+def test_another_image_size(tmp_path):
+    vit = build((0,))
+    export(tmp_path, vit)
+    loaded = load(tmp_path, (32, 64))
+    wanted = resample_abs_pos_embed(vit.pos_embed, (4, 8), num_prefix_tokens=5)
+    assert torch.equal(loaded.pos_embed, wanted)
+    assert loaded(torch.rand(1, 3, 32, 64)).shape == (1, 5)
+    assert fingerprint(load(tmp_path, 32)) == fingerprint(vit)
+    with pytest.raises(ValueError, match="36: not a multiple of the patch size 8"):
+        load(tmp_path, 36)
+
+
+def test_a_bf16_state_comes_back_as_fp32_with_the_same_values(tmp_path):
+    vit = build().bfloat16()
+    loaded = load(export(tmp_path, vit))
+    assert load_file(tmp_path / "model.safetensors")["norm.weight"].dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert fingerprint(loaded) == fingerprint(vit.float())
+
+
+def test_weights_that_are_views_of_one_buffer(tmp_path):
+    """As DeepSpeed keeps them: slices of a flat tensor, some of them transposed."""
+    vit = build()
+    flat = torch.cat([value.reshape(-1) for value in vit.state_dict().values()])
+    pieces = flat.split([value.numel() for value in vit.state_dict().values()])
+    state = {key: piece.view(value.shape) for (key, value), piece in zip(vit.state_dict().items(), pieces, strict=True)}
+    state["head.weight"] = state["head.weight"].T.contiguous().T
+    save(tmp_path, state, config(vit))
+    assert fingerprint(load(tmp_path)) == fingerprint(vit)
+
+
+def test_a_new_export_replaces_the_old_one_and_a_failed_one_does_not(tmp_path):
+    export(tmp_path, build(seed=0))
+    second = build((0,), seed=1)
+    export(tmp_path, second)
+    assert fingerprint(load(tmp_path)) == fingerprint(second)
+    third = build(seed=2)
+    with pytest.raises(TypeError):
+        save(tmp_path, third.state_dict(), {**config(third), "lineage": object()})
+    assert fingerprint(load(tmp_path)) == fingerprint(second)
+
+
+def test_no_export_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no export there"):
+        load(tmp_path / "none")
+    export(tmp_path, build())
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no export there"):
+        load(tmp_path)
+
+
+def edit(**changes):
+    def damage(folder):
+        text = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**text, **changes}))
+
+    return damage
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def drop(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["blocks.0.attn.qkv.weight"]
+    save_file(state, folder / "model.safetensors")
+
+
+def flip(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2000] ^= 1
+    path.write_bytes(content)
+
+
+def diverged(folder):
+    state = load_file(folder / "model.safetensors")
+    state["blocks.1.mlp.fc1.weight"][3, 3] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
+LINEAR = {"feature_map": "elu1", "linear_blocks": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, r"model\.safetensors: cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: cannot be read"),
+        (drop, r"model\.safetensors: does not fit .*1 missing \(blocks\.0\.attn\.qkv\.weight\)"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: damaged"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: damaged"),
+        (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json: damaged"),
+        (edit(format=99), "format 99, this version reads 1"),
+        (edit(backbone={"name": NAME}), r"config\.json: damaged, its backbone\.kwargs is missing"),
+        (edit(backbone={"name": "nonsense", "kwargs": {}}), r"config\.json: no model .*nonsense"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "depht": 1}}), r"config\.json: no model .*depht"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "img_size": 64}}), r"1 of another shape \(pos_embed"),
+        (edit(attention={**LINEAR, "feature_map": "nonsense"}), "feature_map 'nonsense'"),
+        (edit(attention={**LINEAR, "linear_blocks": [0, 7]}), r"config\.json: .*\[7\]"),
+        (edit(attention={"feature_map": "elu1"}), r"config\.json: damaged, its attention\.linear_blocks is missing"),
+        (edit(backbone=[NAME]), r"config\.json: damaged, its backbone\.name is missing"),
+        (edit(backbone={"name": 7, "kwargs": {}}), r"config\.json: damaged, its backbone\.name is 7"),
+        (edit(attention={**LINEAR, "linear_blocks": "0, 1"}), r"its attention\.linear_blocks is '0, 1'"),
+        (edit(attention={**LINEAR, "linear_blocks": [{}]}), r"config\.json: no model .*unhashable"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: damaged"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), r"config\.json: damaged"),
+        # Nothing is fetched, read or made large because a config says so.
+        (edit(backbone={"name": "hf-hub:timm/vit_tiny_patch16_224", "kwargs": {}}), "no architecture of timm"),
+        (edit(backbone={"name": "local-dir:/etc", "kwargs": {}}), "no architecture of timm"),
+        (edit(backbone={"name": "../../" + NAME, "kwargs": {}}), "no architecture of timm"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "checkpoint_path": "/etc"}}), "kwargs: checkpoint_path"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "pretrained": True}}), "kwargs: pretrained True"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "pretrained_cfg": {"url": "x"}}}), "kwargs: pretrained_cfg"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "depth": 10**9}}), "kwargs: depth 1000000000"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "embed_dim": 3 * 10**8}}), "of another shape"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "img_size": 10**6}}), r"of another shape \(pos_embed"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "num_heads": 0}}), r"config\.json: no model .*Zero"),
+        (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "mlp_ratio": 1e400}}), "kwargs: mlp_ratio inf"),
+        (edit(lineage={"stages": ["1"]}), "is not as it was written; make the export again"),
+        (flip, "is not as it was written; make the export again"),
+        (diverged, r"model\.safetensors: blocks\.1\.mlp\.fc1\.weight is not finite"),
+    ],
+)  # fmt: skip
+def test_damaged_exports(tmp_path, damage, said):
+    export(tmp_path, build())
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=said) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_ten_lines_load_it_with_torch_timm_and_the_wheel_alone(tmp_path):
+    """`unsoftmax` is models/ under another name, so models/ must import itself relatively and nothing of ours."""
+    vit = build((0,))
+    export(tmp_path / "export", vit)
+    images = torch.randn(2, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "unsoftmax").symlink_to(ROOT / "models")
+    script = textwrap.dedent("""
+        import sys
+        import timm
+        import torch
+
+        theirs = set(sys.modules)  # timm itself imports wandb where it is installed
+        import unsoftmax
+
+        model = unsoftmax.load("export")
+        assert isinstance(model, timm.models.VisionTransformer)
+        with torch.no_grad():
+            torch.save(model(torch.load("images.pt")), "logits.pt")
+        print(*{name.split(".")[0] for name in set(sys.modules) - theirs})
+    """)
+    (tmp_path / "script.py").write_text(script)
+    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    # -P: the folder of the script is not on the path, nor is the clone, which set-up may have put on the environment's.
+    outside = f"import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; exec(open('script.py').read())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", outside], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "unsoftmax" in loaded
+    assert not loaded & {"deepspeed", "ffcv", "models", "data", "trainer", "jobs", "wandb", "sklearn", "cv2"}
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), vit(images))

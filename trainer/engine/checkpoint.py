@@ -1,0 +1,274 @@
+"""Sharded checkpoints: written aside, listed in a manifest with sizes and hashes, published by one rename.
+
+A folder `checkpoints/step-00001000` holds a safetensors file a rank and `manifest.json`; without a manifest that fits
+it is not a checkpoint. Each file says which elements of which parameter it holds, so a run resumes at any world size
+and ZeRO stage, and nothing is unpickled. Frozen weights are in none: they come from the teacher or the parent.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.config import UserError
+from trainer.engine.engine import DeepSpeedEngine
+from trainer.engine.shards import Run, Shards
+
+MANIFEST = "manifest.json"
+ASIDE = ".writing-"  # before its name, while a checkpoint is being written
+BUFFER = "buffer"  # state of the model that no optimizer owns, such as a batch norm's running mean
+Manifest = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run, in a folder that the ranks share; they call each method together.
+
+    A save has two halves: `begin` copies the state and leaves the writing to a thread, `publish` waits for the files of
+    all ranks and makes them a checkpoint.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """`folder`: of the checkpoints; `keep`: how many of the newest stay, beside the best."""
+        self.folder, self.keep = folder, keep
+        self._writer: _Writer | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, oldest first."""
+        names = [path.name for path in self.folder.glob("step-*")] if self.folder.is_dir() else []
+        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self.folder / f"step-{step:08d}"
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save was begun that is not published yet; the same on all ranks."""
+        return self._writer is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's file is still being written."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def begin(self, engine: DeepSpeedEngine, state: Manifest) -> None:
+        """Copy what is to be saved, and start to write it. A save that is still pending is published first.
+
+        Args:
+            state: plain JSON for the manifest: at least `step`; `score`, higher is better, where it was judged.
+        """
+        self.publish()
+        shards = Shards(engine)
+        tensors = {f"{key}:{run.start}:{run.name}": value.to("cpu", copy=True) for run, key, value in shards.states()}
+        if dist.get_rank() == 0:
+            kept = engine.module.state_dict().keys()
+            buffers = {name: value for name, value in engine.module.named_buffers() if name in kept}
+            tensors |= {f"{BUFFER}:0:{name}": value.flatten().to("cpu", copy=True) for name, value in buffers.items()}
+        state = state | {"optimizer_step": shards.optimizer_step(), "world_size": dist.get_world_size()}
+        self._writer = _Writer(self.folder / f"{ASIDE}{self.path(state['step']).name}", tensors, state)
+        self._writer.start()
+
+    def publish(self) -> None:
+        """Make what was begun the newest checkpoint, once all ranks have written, and remove old ones.
+
+        Raises:
+            UserError, on all ranks: it cannot be written (no space left, say). Earlier checkpoints are as they were.
+        """
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        writer.join()
+        aside, final = writer.folder, self.path(writer.state["step"])
+        written: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(written, (writer.files, writer.error))
+        assert all(files or error for files, error in written), "a writer died, its traceback is above"
+        outcome = [next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(written) if error), None)]
+        if dist.get_rank() == 0:
+            if outcome[0] is None:
+                try:
+                    self._publish(aside, final, writer.state, {k: v for files, _ in written for k, v in files.items()})
+                except OSError as error:
+                    outcome = [_reason(error)]
+            if outcome[0] is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0] is not None:
+            last = self.steps()
+            again = f"the same command resumes from step {last[-1]}" if last else "the same command starts again"
+            raise UserError(f"{final}: the checkpoint cannot be written ({outcome[0]}); make room, then {again}")
+
+    def _publish(self, aside: Path, final: Path, state: Manifest, files: dict[str, Any]) -> None:
+        manifest = state | {"files": files}
+        manifest["sha256"] = digest(manifest)
+        _write_synced(aside / MANIFEST, json.dumps(manifest, indent=2))
+        _sync_folder(aside)
+        shutil.rmtree(final, ignore_errors=True)  # damaged, and passed over when the run was resumed
+        os.replace(aside, final)
+        _sync_folder(self.folder)
+        best = self._best()
+        for name, step in (("best", best), ("latest", state["step"])):
+            if step is not None:
+                _write_synced(self.folder / f".{name}", self.path(step).name + "\n")
+                os.replace(self.folder / f".{name}", self.folder / name)
+        older = [step for step in self.steps() if step < state["step"]]
+        kept = {state["step"], best, *older[max(0, len(older) - self.keep + 1) :]}
+        for step in self.steps():  # later ones were damaged and passed over
+            if step not in kept:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _best(self) -> int | None:
+        scores = {}
+        for step in self.steps():
+            manifest = _read_manifest(self.path(step))
+            if manifest is not None and manifest.get("score") is not None and math.isfinite(manifest["score"]):
+                scores[step] = manifest["score"]
+        return max(scores, key=scores.get) if scores else None
+
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest complete checkpoint and its manifest; damaged ones are named on stderr and passed over.
+
+        The ranks share the work of comparing files with their hashes.
+        """
+        steps = [None]
+        if dist.get_rank() == 0:
+            for left in self.folder.glob(f"{ASIDE}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            steps = [self.steps()]
+        dist.broadcast_object_list(steps, src=0)
+        for step in reversed(steps[0]):
+            path = self.path(step)
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, verify(path, dist.get_rank(), dist.get_world_size()))
+            problem = next((p for p in found if p), None)
+            if problem is None:
+                return path, _read_manifest(path)
+            if dist.get_rank() == 0:
+                print(f"warning: {path}: {problem}; passed over", file=sys.stderr, flush=True)
+        return None
+
+    def restore(self, engine: DeepSpeedEngine, found: tuple[Path, Manifest]) -> None:
+        """Load weights, optimizer state and averages of a checkpoint from `newest`, whatever wrote it."""
+        path, manifest = found
+        files = _Files(path, manifest["files"])
+        Shards(engine).restore(files.read, files.keys - {BUFFER}, manifest["optimizer_step"])
+        with torch.no_grad():
+            for name, buffer in engine.module.named_buffers():
+                if (BUFFER, name) in files.runs:
+                    buffer.copy_(files.read(Run(name, 0, buffer.numel(), 0, 0), BUFFER).view(buffer.shape))
+        engine.global_steps = manifest["step"]
+        engine.skipped_steps = manifest["step"] - manifest["optimizer_step"]
+        engine.global_samples = manifest["samples"]
+        engine.micro_steps = manifest["step"] * engine.gradient_accumulation_steps()
+
+
+class _Writer(threading.Thread):
+    """Writes this rank's file; afterwards `files` describes it, or `error` says why not."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], state: Manifest) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.tensors, self.state = folder, tensors, state
+        self.files: dict[str, Any] = {}
+        self.error: str | None = None
+
+    def run(self) -> None:
+        path = self.folder / f"rank-{dist.get_rank():05d}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.tensors, path)
+            self.files = {path.name: _describe(path)}
+        except (OSError, SafetensorError) as error:
+            self.error = _reason(error)
+        self.tensors = {}
+
+
+class _Files:
+    """Reads runs of elements out of a checkpoint's files, however they were cut."""
+
+    def __init__(self, folder: Path, names: Any) -> None:
+        self.files = {name: safe_open(folder / name, framework="pt") for name in names}
+        # (state, parameter) -> [(first element, file, name in it)]
+        self.runs: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+        for name, file in self.files.items():
+            for entry in file.keys():  # noqa: SIM118, not a dict
+                key, start, parameter = entry.split(":", 2)
+                self.runs.setdefault((key, parameter), []).append((int(start), name, entry))
+        self.keys = {key for key, _ in self.runs}
+
+    def read(self, run: Run, key: str) -> Tensor:
+        """Elements `run.start` to `run.start + run.numel` of a parameter's state, flat."""
+        parts, at, end = [], run.start, run.start + run.numel
+        for start, name, entry in sorted(self.runs.get((key, run.name), [])):
+            stored = self.files[name].get_slice(entry)
+            stop = min(start + stored.get_shape()[0], end)
+            if start <= at < stop:
+                parts.append(stored[at - start : stop - start])
+                at = stop
+        assert at == end, f"{key} of {run.name}: elements {at} to {end} are in no file"
+        return torch.cat(parts)
+
+
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint folder, or None. Of its files, those that fall to `rank` are read."""
+    manifest = _read_manifest(path)
+    if manifest is None:
+        return f"has no readable {MANIFEST}"
+    for name, entry in sorted(manifest["files"].items())[rank::world_size]:
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _describe(path / name) != entry:
+            return f"{name} is not what was written"
+    return None
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return manifest if manifest.pop("sha256") == digest(manifest) else None
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def digest(manifest: Manifest) -> str:
+    """The hash that a manifest carries of the rest of itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and hash of a file as it can be read back, once it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _write_synced(path: Path, content: str) -> None:
+    with path.open("w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    number = re.search(r"os error (\d+)", str(error))  # safetensors' words
+    reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
+    return reason.lower() if reason else f"{type(error).__name__}: {error}"

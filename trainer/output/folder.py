@@ -1,0 +1,97 @@
+"""A stage's folder in a run: one process group at a time, one set of settings for life."""
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+import models
+from trainer.config import Settings, UserError, as_dict, first_difference
+from trainer.output.paths import is_complete, stage_path, write_aside
+
+PATIENCE = 240.0  # seconds that a job which Slurm requeued waits for what may be left of itself on a lost node
+
+
+class StageFolder:
+    """`RUN/stage2`: config.yaml, metrics.jsonl, checkpoints/ and, when the stage is done, export/."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Names the folder; touches nothing."""
+        self.run = Path(settings.run)
+        self.path = stage_path(settings.run, settings.stage)
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self._lock = None
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError, naming the field, when the folder belongs to a run with other settings."""
+        kept = self.path / "config.yaml"
+        work = ("checkpoints/step-*", "features/*/*", "probes/*")
+        if not kept.is_file() or not (self.complete or any(any(self.path.glob(pattern)) for pattern in work)):
+            return  # nothing is there that other settings would spoil
+        try:
+            before = yaml.safe_load(kept.read_text())
+            assert isinstance(before, dict)
+        except (yaml.YAMLError, ValueError, RecursionError, AssertionError) as error:
+            raise UserError(f"{kept}: damaged; remove {self.path} to start again") from error
+        difference = first_difference(before, json.loads(json.dumps(as_dict(settings))))
+        if difference:
+            raise UserError(
+                f"{self.path}: was made with other settings: {difference}; use another --run, or the old value"
+            )
+
+    def claim(self, settings: Settings, rank: int) -> None:
+        """Rank 0 takes the folder until the process ends, and records the settings.
+
+        Raises:
+            UserError: another process has it, or it cannot be written.
+        """
+        if rank != 0:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            _lock(self._lock, PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
+            write_aside(self.path / "config.yaml", yaml.safe_dump(as_dict(settings), sort_keys=False))
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self.path}: another process is running this stage; wait for it, or use another --run"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror.lower()})") from error
+
+    def hand_on(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Write the export.
+
+        Raises:
+            UserError: it cannot be written (no space left, say).
+        """
+        try:
+            models.save(self.export, state, config)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.export}: cannot be written ({error}); make room, then run the same command again"
+            ) from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage has handed on its export, or the probe its results."""
+        return is_complete(self.path)
+
+
+def _lock(file: IO[str], patience: float) -> None:
+    """Takes it until the process ends. Raises BlockingIOError when another process still has it after `patience` s."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(1)

@@ -1,0 +1,163 @@
+"""What a stage would run, without training: parameters, groups, FLOPs, memory, steps, parent."""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.config import Settings
+from trainer.engine.engine import DeepSpeedZeroConfig, World, accumulation, offloads
+from trainer.engine.optim import build_optimizer
+from trainer.setup.build import Job
+from trainer.setup.resolution import Size, pair
+from trainer.stages import Stage
+
+GIB = 2**30
+
+
+def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
+    """The text of `--dry_run`."""
+    stage, zero = job.stage, config["zero_optimization"]["stage"]
+    trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in stage.parameters() if not p.requires_grad)
+    teacher = sum(p.numel() for p in stage.teacher.parameters()) if stage.teacher is not None else 0
+    accumulate = accumulation(settings, me.size)
+    micro = settings.train.batch_size // me.size // accumulate
+    dtype = torch.bfloat16 if settings.train.bf16 else torch.float32
+    flops, activations = measure(stage, job.export["input"]["image_size"], micro, dtype)
+    bf16, offload = settings.train.bf16, offloads(config)
+    states = model_state_bytes(trained, frozen, teacher, zero, me.size, bf16, offload)
+    known = DeepSpeedZeroConfig(**config["zero_optimization"])
+    memory = memory_bytes(trained, frozen, teacher, known, me.size, bf16, offload, activations, accumulate)
+    groups = build_optimizer(stage.student, settings, fused=False, cpu_offload=False).param_groups
+    unverified = [str(info.path) for info in (job.train, job.val) if info is not None and info.digest is None]
+    lines = [
+        f"stage {settings.stage}: {stage.name}",
+        f"starts from: {job.start}",
+        f"trainable parameters: {trained:,}",
+        f"frozen parameters: {frozen:,} of the student, {teacher:,} of the teacher",
+        f"parameter groups: {len(groups)}",
+        *(
+            f"  {sum(p.numel() for p in group['params']):,} parameters, weight decay {group['weight_decay']:g}, "
+            f"learning rate {settings.train.lr * group.get('lr_scale', 1.0):g}"
+            for group in groups
+        ),
+        f"images: {job.train.num_samples:,} to train on, {job.val.num_samples if job.val else 0:,} to judge on",
+        *(f"written without checksums, damage to its images goes unnoticed: {path}" for path in unverified),
+        f"steps: {job.steps:,} of {settings.train.batch_size} images "
+        f"({me.size} ranks x {accumulate} x {micro}), {job.steps_per_epoch:,} an epoch",
+        f"FLOPs a step: {flops * settings.train.batch_size:.3e}",
+        f"memory a rank: {memory / GIB:.2f} GiB at most, an estimate; of it weights, gradients and optimizer "
+        f"{states / GIB:.2f} (ZeRO {zero}), a micro-batch {activations / GIB:.2f}, the rest DeepSpeed's buffers",
+    ]
+    return "\n".join(lines)
+
+
+def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> tuple[float, int]:
+    """FLOPs an image (forward and backward), and the most bytes that a micro-batch of `micro` images takes at a time.
+
+    Both are counted on a real pass over shapes alone. The bytes are of all tensors that it makes: activations kept for
+    backward, what the teacher and each operation hold for a while, the gradient of a weight until it is complete; also
+    what gradient checkpointing makes again. Workspace inside a kernel is not seen.
+    """
+    height, width = pair(image_size)
+    stage = copy.deepcopy(stage).to("meta", dtype)
+    if stage.teacher is not None:
+        stage.teacher.to("meta", dtype)
+    for module in stage.modules():
+        module._compiled_call_impl = None  # as it would run without train.compile
+    # Fake tensors rather than those of the meta device, which knows softmax attention as N x N products only.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (stage, stage.teacher):
+            if module is not None:
+                module.to_empty(device="cpu")
+        for p in stage.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_drop_gradient)
+        batch = {
+            "image": torch.empty(micro, 3, height, width, dtype=dtype),
+            "label": torch.empty(micro, dtype=torch.long),
+            "mask": torch.empty(micro, height, width, dtype=torch.uint8),
+            "key": torch.empty(micro, dtype=torch.long),
+        }
+        # In turn: the counter of FLOPs keeps what gradient checkpointing would free.
+        with FlopCounterMode(display=False) as counter:
+            stage.train()(batch)["loss"].backward()
+        with Taken() as taken:
+            stage(batch)["loss"].backward()
+    return counter.get_total_flops() / micro, taken.most
+
+
+def _drop_gradient(p: torch.Tensor) -> None:
+    p.grad = None  # counted with the states
+
+
+class Taken(TorchDispatchMode):
+    """Bytes of the tensors made within the context that are alive: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self._known | before:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, which: int, size: int) -> None:
+        self._known.remove(which)
+        self.now -= size
+
+
+def model_state_bytes(
+    trained: int, frozen: int, teacher: int, zero: int, ranks: int, bf16: bool, offload: bool
+) -> float:
+    """Bytes a rank of weights, gradients and optimizer state, after ZeRO, arXiv 1910.02054, section 3.
+
+    Weights and gradients in the working precision; fp32 masters and two moments, 12 bytes a trained parameter, sharded
+    from stage 1 on; gradients from stage 2, weights from stage 3. The teacher is whole on every rank.
+    """
+    width = 2 if bf16 else 4
+    weights = (trained + frozen) * width / (ranks if zero == 3 else 1)
+    optimizer = 0 if offload else trained * 12 / ranks
+    return weights + gradient_bytes(trained, zero, ranks, bf16) + optimizer + teacher * width
+
+
+def gradient_bytes(trained: int, zero: int, ranks: int, bf16: bool) -> float:
+    """Bytes a rank of complete gradients in the working precision."""
+    return trained * (2 if bf16 else 4) / (ranks if zero >= 2 else 1)
+
+
+def memory_bytes(
+    trained: int, frozen: int, teacher: int, zero: DeepSpeedZeroConfig, ranks: int, bf16: bool, offload: bool,
+    activations: float, accumulate: int,
+) -> float:  # fmt: skip
+    """Bytes a rank at most, as DeepSpeed takes them.
+
+    Beside the states there is a buffer in which gradients are reduced (two where ZeRO 1 or 2 overlaps that with
+    backward), and ZeRO 3's gathered weights. A micro-batch takes most when its backward begins: there are no gradients
+    yet then, but those of earlier micro-batches, and ZeRO 3's, which stay. The update takes this rank's in fp32.
+    """
+    width = 2 if bf16 else 4
+    buffers = width * zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+    if zero.stage == 3:
+        buffers += width * min(zero.max_live_parameters, trained + frozen)
+    gradients = gradient_bytes(trained, zero.stage, ranks, bf16)
+    rest = model_state_bytes(trained, frozen, teacher, zero.stage, ranks, bf16, offload) - gradients
+    kept = gradients if accumulate > 1 or zero.stage == 3 else 0
+    update = 0 if offload else 4 * trained / ranks
+    return rest + buffers + max(kept + activations, gradients + update)
