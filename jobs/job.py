@@ -29,15 +29,16 @@ class StageJob:
             os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # by which DeepSpeed knows of one node
         if here.global_rank == 0:
             self.records.note(here.job_id, "started", nodes=list(here.hostnames), ranks=here.num_tasks)
-        import trainer.main
+        from trainer.main import main
+        from trainer.ranks.world import end
 
-        status = self._check_gpus() or trainer.main.main(self.argv)
+        status = self._check_gpus() or main(self.argv)
         if here.cluster == "slurm":  # the batch script notes the end, and requeues
-            trainer.main.ds.end(status)
+            end(status)
         if here.global_rank == 0:
             self.records.note(here.job_id, "ended", status=status, why=None)
         if here.cluster == "local":
-            trainer.main.ds.end(status)
+            end(status)
         return status
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -47,10 +48,10 @@ class StageJob:
     def _check_gpus(self) -> int:
         import torch
 
-        from trainer.engine.engine import world
         from trainer.ranks.watchdog import Watchdog
+        from trainer.ranks.world import this_process
 
-        me, found = world(), torch.cuda.device_count()
+        me, found = this_process(), torch.cuda.device_count()
         if me.local_rank < self.gpus_per_node and found < self.gpus_per_node:
             with Watchdog(me.rank, me.size) as watchdog:  # which ends the ranks on other nodes too
                 what = f"--gpus_per_node {self.gpus_per_node}: torch sees {found} on {watchdog.host}"

@@ -1,57 +1,55 @@
-"""THE training loop, over a DeepSpeed engine. It knows no stage: a stage gives losses and judges itself."""
+"""THE training loop, over a DeepSpeed engine. It knows no stage: a stage gives losses and evaluates itself."""
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from deepspeed import comm as dist
 from timm.scheduler.scheduler import Scheduler
 
-from trainer.config import Train, UserError
+from trainer.config import UserError
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.engine import DeepSpeedEngine
+from trainer.engine.settings import Train
 from trainer.output.tracking import Tracker
 from trainer.ranks.signals import STOPPED, StopFlag, Stopped, on_any_rank
+from trainer.ranks.world import dist
 
 
-def train(
-    engine: DeepSpeedEngine,
-    loader,
-    schedule: Scheduler,
-    settings: Train,
-    step: int,
-    steps: int,
-    tracker: Tracker,
-    stop: StopFlag,
-    checkpoints: Checkpoints,
-    save: Callable[[int], None],
-    evaluate: Callable[[int], None],
-) -> int:
+@dataclass(kw_only=True)
+class Training:
+    """What the loop works with."""
+
+    engine: DeepSpeedEngine  # its module returns {"loss": scalar, **parts} for a batch
+    loader: Any  # gives `steps_per_epoch`, `accumulate` and `epoch(epoch, start)`
+    schedule: Scheduler  # sets the learning rate as a pure function of the step
+    settings: Train
+    tracker: Tracker
+    should_stop: StopFlag  # asked before each step; the run then saves and ends, as when `evaluate` raises Stopped
+    checkpoints: Checkpoints  # published at the first step boundary after all ranks wrote
+    save: Callable[[int], None]  # begins a checkpoint of the step; all ranks call it
+    evaluate: Callable[[int], None]  # evaluates and logs at the step; all ranks call it
+
+
+def train(training: Training, step: int, steps: int) -> int:
     """Train from `step` to `steps`; returns 0, or `STOPPED`.
-
-    Args:
-        engine: a DeepSpeed engine whose module returns {"loss": scalar, **parts} for a batch.
-        loader: gives `steps_per_epoch`, `accumulate` and `epoch(epoch, start)`.
-        schedule: sets the learning rate as a pure function of the step.
-        stop: heeded before each step; then, or when `evaluate` raises Stopped, the run saves and ends.
-        checkpoints: where `save` leaves a checkpoint, to be published at the first step boundary after all ranks wrote.
-        save: begins a checkpoint of the step; all ranks call it.
-        evaluate: judges and logs at the step; all ranks call it.
 
     Raises:
         UserError: `max_skipped` steps in a row had a non-finite loss or gradient; or damaged data.
     """
+    engine, loader, settings = training.engine, training.loader, training.settings
+    tracker, checkpoints = training.tracker, training.checkpoints
     clock, skipped, saved = Clock(step), [], step
     batches = clock.waiting_for(batches_from(loader, step))
     try:
-        if due(settings, step, steps) and not on_any_rank(tracker.judged(step), engine.device):
-            evaluate(step)  # at the start, or where a stop came first
+        if should_evaluate(settings, step, steps) and not on_any_rank(tracker.was_evaluated(step), engine.device):
+            training.evaluate(step)  # at the start, or where a stop came first
             clock.restart(step)
         while step < steps:
-            stop.heed(engine.device)
-            schedule.step_update(step)
+            training.should_stop.raise_if_set(engine.device)
+            training.schedule.step_update(step)
             seed_step(settings.seed, step)
             losses: dict[str, torch.Tensor] = {}
             parts = []
@@ -70,9 +68,9 @@ def train(
             if len(skipped) >= settings.max_skipped:
                 last = step - len(skipped)  # nothing has changed since
                 if last > saved:
-                    save(last)
+                    training.save(last)
                 checkpoints.publish()
-                raise UserError(blame(skipped, last))
+                raise UserError(skipped_steps_message(skipped, last))
             if step % settings.log_every == 0 or step == steps:
                 means = torch.stack(list(losses.values()))
                 dist.all_reduce(means)
@@ -80,33 +78,33 @@ def train(
                 lr, norm = max(group["lr"] for group in engine.optimizer.param_groups), engine.get_global_grad_norm()
                 line = {"step": step, "epoch": step / loader.steps_per_epoch, "split": "train"} | means
                 tracker.log(line | {"lr": lr, "grad_norm": norm} | clock.rates(step, settings.batch_size))
-            if due(settings, step, steps):
-                evaluate(step)
+            if should_evaluate(settings, step, steps):
+                training.evaluate(step)
                 clock.restart(step)
             if checkpoints.pending and not on_any_rank(checkpoints.writing, engine.device):
                 clock.standing_still(checkpoints.publish)
             # Not while steps are being skipped: the newest checkpoint stays from before.
             if step == steps or (not skipped and step // settings.save_every > saved // settings.save_every):
-                clock.standing_still(save, step)
+                clock.standing_still(training.save, step)
                 saved = step
         checkpoints.publish()
     except Stopped:
         if step > saved:
-            save(step)
+            training.save(step)
         checkpoints.publish()
-        tracker.say(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
+        tracker.info(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
         return STOPPED
     return 0
 
 
-def due(settings: Train, step: int, steps: int) -> bool:
-    """Whether the student is to be judged at `step`."""
+def should_evaluate(settings: Train, step: int, steps: int) -> bool:
+    """Whether the student is evaluated at `step`."""
     if step == 0:
         return settings.eval_first
     return step == steps or (settings.eval_every > 0 and step % settings.eval_every == 0)
 
 
-def blame(skipped: list[tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]], last: int) -> str:
+def skipped_steps_message(skipped: list[tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]], last: int) -> str:
     """Where losses or gradients were not finite: ranks, steps, and samples of the micro-batches; a collective.
 
     Args:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
         from jobs.submit import main as submit
 
         sys.exit(submit())
-    from trainer.engine.engine import end
     from trainer.main import main
+    from trainer.ranks.world import end
 
     end(main())

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
 from trainer.engine.shards import Run, Shards
+from trainer.ranks.world import dist
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing-"  # before its name, while a checkpoint is being written

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from trainer.config import Settings, Train, UserError, segments
+from trainer.config import UserError
+from trainer.engine.settings import Train
 
 
 class AdamW(torch.optim.AdamW):
@@ -40,40 +40,32 @@ class AdamW(torch.optim.AdamW):
                 state["ema"].lerp_(p, 1 - min(self.ema_decay, (1 + step) / (10 + step)))
 
 
-def build_optimizer(student: nn.Module, settings: Settings, fused: bool, cpu_offload: bool) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of `student`: no decay on biases, norms and embeddings, as timm groups them.
-
-    Stage 3 adds `layer_decay`, a factor a block from the last to the first, `ema`, and segmentation's `head_lr`.
+def build_optimizer(
+    groups: list[dict[str, Any]], train: Train, ema_decay: float | None, fused: bool, cpu_offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW over a stage's parameter groups; those without parameters are left out.
 
     Args:
+        ema_decay: of the moving average; None keeps none.
         fused: torch's fused kernel, on a GPU.
         cpu_offload: the state lies in host memory: DeepSpeed's own CPU Adam.
 
     Raises:
         UserError: an average is asked for together with offload.
     """
-    train, finetuning = settings.train, settings.stage == "3"
-    ema = settings.stage3.ema if finetuning else None
-    if cpu_offload and ema is not None:
+    if cpu_offload and ema_decay is not None:
         raise UserError("stage3.ema: cannot be kept with offload_optimizer; use a --deepspeed file without it")
-    options = {"weight_decay": train.weight_decay, "no_weight_decay_list": student.no_weight_decay()}
-    if finetuning and settings.stage3.layer_decay is not None:
-        groups = param_groups_layer_decay(student, **options, layer_decay=settings.stage3.layer_decay)
-    else:
-        groups = param_groups_weight_decay(student, **options)
-    if segments(settings) and settings.segmentation.head_lr != 1:
-        groups = scaled(groups, student.head.parameters(), settings.segmentation.head_lr)
     groups = [group for group in groups if group["params"]]
     options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return AdamW(groups, ema, fused=fused, **options)
+    return AdamW(groups, ema_decay, fused=fused, **options)
 
 
 def scaled(groups: list[dict[str, Any]], of: Iterable[nn.Parameter], factor: float) -> list[dict[str, Any]]:
-    """The groups, those parameters in groups of their own with `factor` times the learning rate."""
+    """The groups, with the parameters `of` in groups of their own, at `factor` times the learning rate."""
     chosen = {id(p) for p in of}
     rest = [group | {"params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
     own = [group | {"params": [p for p in group["params"] if id(p) in chosen]} for group in groups]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from trainer.engine.engine import DeepSpeedEngine
+from trainer.ranks.world import dist
 
 WEIGHT = "weight"  # the fp32 master; the optimizer's own states are called as it calls them
 

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import models
-from trainer.config import Settings, UserError, as_dict, first_difference
-from trainer.output.paths import is_complete, stage_path, write_aside
+from trainer.config import Settings, UserError, as_dict, first_difference, read_yaml, run_recipe
+from trainer.output.paths import is_begun, is_complete, stage_path, write_aside
 
-PATIENCE = 240.0  # seconds that a job which Slurm requeued waits for what may be left of itself on a lost node
+PATIENCE = 240.0  # seconds that a requeued job waits for what may be left of itself on a lost node
 
 
 class StageFolder:
@@ -32,13 +32,11 @@ class StageFolder:
     def check(self, settings: Settings) -> None:
         """Raises UserError, naming the field, when the folder belongs to a run with other settings."""
         kept = self.path / "config.yaml"
-        work = ("checkpoints/step-*", "features/*/*", "probes/*")
-        if not kept.is_file() or not (self.complete or any(any(self.path.glob(pattern)) for pattern in work)):
+        if not kept.is_file() or not (self.complete or is_begun(self.path)):
             return  # nothing is there that other settings would spoil
         try:
-            before = yaml.safe_load(kept.read_text())
-            assert isinstance(before, dict)
-        except (yaml.YAMLError, ValueError, RecursionError, AssertionError) as error:
+            before = read_yaml(kept)
+        except UserError as error:
             raise UserError(f"{kept}: damaged; remove {self.path} to start again") from error
         difference = first_difference(before, json.loads(json.dumps(as_dict(settings))))
         if difference:
@@ -47,7 +45,7 @@ class StageFolder:
             )
 
     def claim(self, settings: Settings, rank: int) -> None:
-        """Rank 0 takes the folder until the process ends, and records the settings.
+        """Rank 0 takes the folder until the process ends, and records the settings, for later stages too.
 
         Raises:
             UserError: another process has it, or it cannot be written.
@@ -59,6 +57,8 @@ class StageFolder:
             self._lock = (self.path / ".lock").open("w")
             _lock(self._lock, PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
             write_aside(self.path / "config.yaml", yaml.safe_dump(as_dict(settings), sort_keys=False))
+            if not (self.run / "recipe.yaml").exists():
+                write_aside(self.run / "recipe.yaml", run_recipe(settings))
         except BlockingIOError as error:
             raise UserError(
                 f"{self.path}: another process is running this stage; wait for it, or use another --run"
@@ -66,7 +66,7 @@ class StageFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror.lower()})") from error
 
-    def hand_on(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    def write_export(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write the export.
 
         Raises:
@@ -79,9 +79,13 @@ class StageFolder:
                 f"{self.export}: cannot be written ({error}); make room, then run the same command again"
             ) from error
 
+    def exported(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The lineage of the export, and the settings that it was made with."""
+        return models.read_config(self.export)["lineage"], read_yaml(self.path / "config.yaml")
+
     @property
     def complete(self) -> bool:
-        """Whether the stage has handed on its export, or the probe its results."""
+        """Whether the stage has written its export, or the probe its results."""
         return is_complete(self.path)
 
 

@@ -10,8 +10,13 @@ def stage_path(run: str | Path, stage: str) -> Path:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the stage at `path` has handed on its export, or the probe its results."""
+    """Whether the stage at `path` has written its export, or the probe its results."""
     return (path / "export" / "config.json").is_file() or (path / "results.json").is_file()
+
+
+def is_begun(path: Path) -> bool:
+    """Whether the stage at `path` has checkpoints, or features of a probe, and so settings that it was made with."""
+    return any(any(path.glob(pattern)) for pattern in ("checkpoints/step-*", "features/*/*", "probes/*"))
 
 
 def write_aside(path: Path, text: str) -> None:

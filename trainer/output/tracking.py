@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, wandb, and a progress bar or, where no one watches, a line now and then."""
+"""What a run reports: metrics.jsonl, wandb, and a progress bar; where no one watches, a line now and then."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class Tracker:
         Raises:
             UserError: it cannot be written.
         """
-        self.active, self.wandb, self.bar, self._judged = rank == 0, None, None, set()
+        self.active, self.wandb, self.bar, self._evaluated = rank == 0, None, None, set()
         if not self.active:
             return
         self.path, self.batch_size = folder / "metrics.jsonl", settings.train.batch_size
@@ -54,19 +54,19 @@ class Tracker:
                 continue
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 continue
-            # A run that starts from step 0 makes all lines again, the judgement before the first step too.
+            # A run that starts from step 0 makes all lines again, the evaluation before the first step too.
             if 0 < step >= entry["step"]:
                 kept.append(line + b"\n")
                 if entry.get("split") == "val":
-                    self._judged.add(entry["step"])
+                    self._evaluated.add(entry["step"])
         if b"".join(kept) != before:
             part = self.path.with_suffix(".part")
             part.write_bytes(b"".join(kept))
             os.replace(part, self.path)
 
-    def judged(self, step: int) -> bool:
+    def was_evaluated(self, step: int) -> bool:
         """Whether the file already had a validation line of `step`; rank 0 knows."""
-        return step in self._judged
+        return step in self._evaluated
 
     def log(self, line: dict[str, Any]) -> None:
         """One metrics line, with at least `step`, `epoch` and `split`. What is not finite becomes null.
@@ -94,14 +94,14 @@ class Tracker:
         if line["split"] == "train":
             left = (self.bar.total - line["step"]) * self.batch_size / line["images_per_second"]
             said.append(f"left {timedelta(seconds=round(left))}")
-        self.say("  ".join(said))
+        self.info("  ".join(said))
 
     def advance(self) -> None:
         """One step was made."""
         if self.bar is not None:
             self.bar.update()
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         """A line for whoever watches."""
         if self.active:
             tqdm.write(message, file=sys.stderr)

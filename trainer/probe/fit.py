@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.config import Probe, UserError
+from trainer.config import UserError
 from trainer.probe.features import Array, Store
+from trainer.probe.settings import Probe
 from trainer.probe.solve import Blocks, Probes, logistic, ridge, statistics
 
 CPU_BYTES = 2**27  # of features and solver state that a group may hold, on each core; what is larger is streamed

@@ -2,15 +2,15 @@
 
 import numpy as np
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 
 import data
 from models import tap_names
 from trainer.config import Settings, UserError
-from trainer.engine.engine import DeepSpeedEngine, World
+from trainer.engine.engine import DeepSpeedEngine
 from trainer.probe.features import tapped
 from trainer.probe.solve import ridge, statistics
+from trainer.ranks.world import World, dist
 from trainer.setup.build import Job
 
 IMAGES = 2048  # of the training images at most, drawn by lots: half are fitted, half are judged on
@@ -21,12 +21,12 @@ MODULES = ["blocks.*.act", "blocks.*.rc2"]
 class QuickProbe:
     """Ridge probes on the mean tokens of the student beside the teacher, on centre views of a few training images.
 
-    Called at each evaluation; it does something in stage 2, where and when the settings ask for it.
+    Called at each evaluation. It does something in stages that have quick probes, when the settings ask for it.
     """
 
     def __init__(self, settings: Settings, job: Job, me: World, engine: DeepSpeedEngine) -> None:
         """Raises UserError where there is no evaluation, the training images have no labels, or a module is missing."""
-        self.every = settings.probe.every if settings.stage == "2" else 0
+        self.every = settings.probe.every if job.stage.quick_probes else 0
         if not self.every:
             return
         if job.val is None:

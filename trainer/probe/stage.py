@@ -20,14 +20,14 @@ from tqdm import tqdm
 import data
 import models
 from trainer.config import Settings, UserError, first_difference
-from trainer.engine import engine as ds
 from trainer.output.folder import StageFolder
 from trainer.output.paths import write_aside
 from trainer.probe.features import Reader, Split, Store, extract
 from trainer.probe.fit import Vector, fit_groups, groups_of, kept, vectors_of
 from trainer.probe.report import report
 from trainer.ranks.signals import STOPPED, StopFlag, Stopped
-from trainer.setup.build import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
+from trainer.ranks.world import World, join, leave
+from trainer.setup.teacher import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
 
 MODULES = ["patch_embed", *(f"blocks.*.{module}" for module in models.BLOCK_MODULES), "norm"]
 
@@ -45,7 +45,7 @@ class Plan:
     record: dict[str, Any]  # of models and data, which must stay the same when a run goes on
 
 
-def run(settings: Settings, me: ds.World, stop: StopFlag) -> int:
+def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
     """Exit status: 0 done, 75 stopped by a signal with everything saved.
 
     Raises:
@@ -62,7 +62,7 @@ def run(settings: Settings, me: ds.World, stop: StopFlag) -> int:
         return 0
     room = plan.store.check_room()
     folder.claim(settings, me.rank)
-    ds.join(me)
+    join(me)
     if me.rank == 0:
         write_aside(folder.path / "plan.json", json.dumps(plan.record, indent=2))
         print(f"probe: {', '.join(f'{m} from {s}' for m, s in plan.sources.items())}", file=sys.stderr)
@@ -87,26 +87,31 @@ def run(settings: Settings, me: ds.World, stop: StopFlag) -> int:
         )  # fmt: skip
 
     try:
-        stop.heed(me.device)  # nobody writes before all have looked
+        should_stop.raise_if_set(me.device)  # nobody writes before all have looked
         if groups:
             mine = np.array_split(np.arange(len(work)), me.size)[me.rank]  # neighbours: one pass through the file
             made = extract(plan.reader, plan.store, [work[i] for i in mine], loader_of)
-            together(made, -(-len(work) // me.size), "features", stop, me)
+            together(made, -(-len(work) // me.size), "features", should_stop, me)
             mine = groups[me.rank :: me.size]
             fitted = fit_groups(plan.store, mine, plan.classes, settings.probe, probes, me.device)
-            together(fitted, -(-len(groups) // me.size), "probes", stop, me)
+            together(fitted, -(-len(groups) // me.size), "probes", should_stop, me)
     except Stopped:
         if me.rank == 0:
             print("stopped by a signal, all is saved; run the same command again", file=sys.stderr, flush=True)
-        ds.leave()
+        leave()
         return STOPPED
     if me.rank == 0:
         fits = [kept(probes, vector) for vector in plan.vectors]
         print(report(folder.path, fits, plan.record), flush=True)
         if not settings.probe.keep_features:
             plan.store.remove()
-    ds.leave()
+    leave()
     return 0
+
+
+def check(settings: Settings) -> None:
+    """Data and labels, before anything is built. Raises UserError, ValueError or OSError, in one line."""
+    check_labels(data.inspect(data.resolve(settings.data.train, "train")), test_sets(settings))
 
 
 def make_plan(settings: Settings, folder: StageFolder) -> Plan:
@@ -227,12 +232,12 @@ def check_same(path: Path, record: dict[str, Any]) -> None:
         )
 
 
-def together(work: Iterable[None], rounds: int, what: str, stop: StopFlag, me: ds.World) -> None:
+def together(work: Iterable[None], rounds: int, what: str, should_stop: StopFlag, me: World) -> None:
     """Let each rank do a piece of its work a round. Raises Stopped on all ranks after one in which a signal came."""
     work = iter(work)
     for _ in tqdm(range(rounds), desc=what, disable=None if me.rank == 0 else True, dynamic_ncols=True, leave=False):
         next(work, None)
-        stop.heed(me.device)
+        should_stop.raise_if_set(me.device)
     next(work, None)  # what is left to do once all pieces are done
 
 

@@ -1,4 +1,4 @@
-"""Stopping on a signal: it sets a flag on the rank that it reaches, and the ranks heed it together."""
+"""Stopping on a signal: it sets a flag on the rank that it reaches, and all ranks stop together."""
 
 import contextlib
 import signal
@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 import torch
-from deepspeed import comm as dist
+
+from trainer.ranks.world import dist
 
 STOPPED = 75  # EX_TEMPFAIL: a signal came, everything is saved, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last is what Slurm sends, asked to
@@ -51,15 +52,15 @@ class StopFlag:
             time.sleep(1)
         self.set = True
 
-    def heed(self, device: torch.device) -> None:
+    def raise_if_set(self, device: torch.device) -> None:
         """Raises Stopped on all ranks when any was asked to stop; a collective."""
         if on_any_rank(self.set, device):
             raise Stopped
 
-    def heeding(self, batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-        """The same batches, as many on all ranks; before each one a stop is heeded."""
+    def stoppable(self, batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+        """The same batches, as many on all ranks. Before each one it raises Stopped as `raise_if_set` does."""
         for batch in batches:
-            self.heed(device)
+            self.raise_if_set(device)
             yield batch
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-import data
 import models
-from trainer.config import Settings, UserError, parse
-from trainer.engine import engine as ds
+from trainer.config import Settings, UserError, parse, stage_of
+from trainer.engine.engine import accumulation, deepspeed_config
 from trainer.output.folder import StageFolder
-from trainer.probe.stage import check_labels, test_sets
-from trainer.setup.build import build_teacher, input_of, num_classes_of
+from trainer.ranks.world import end
+from trainer.setup.build import inspect_data
+from trainer.setup.teacher import build_teacher, input_of
 
 
 def check(settings: Settings, ranks: Iterable[int]) -> None:
@@ -30,26 +30,25 @@ def check(settings: Settings, ranks: Iterable[int]) -> None:
     folder.check(settings)
     if folder.complete:
         return
-    infos = {s: data.inspect(data.resolve(spec, s)) for s in ("train", "val") if (spec := getattr(settings.data, s))}
-    if settings.stage == "probe":
-        check_labels(infos["train"], test_sets(settings))
-    else:
-        for size in ranks:
-            ds.deepspeed_config(settings, size)
-    if infos["train"].num_samples < settings.train.batch_size:
-        raise UserError(f"train.batch_size {settings.train.batch_size}: {infos['train'].path} has only "
-                        f"{infos['train'].num_samples} images")  # fmt: skip
     if settings.student.parent not in (None, "none"):
         models.read_config(Path(settings.student.parent))
     weights = settings.teacher.weights
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"teacher.weights {weights}: no such file")
+    stage = stage_of(settings)
+    if isinstance(stage, type):
+        infos = inspect_data(settings)
+        for size in ranks:
+            deepspeed_config(settings, size)
+            stage.check(settings, infos, settings.train.batch_size // size // accumulation(settings, size))
+    else:
+        stage.check(settings)
     with torch.device("meta"):  # of any size, at no cost
         teacher = build_teacher(replace(settings, teacher=replace(settings.teacher, weights=None, pretrained=False)))
         input_of(settings, teacher)
-        if settings.stage != "probe":
+        if isinstance(stage, type):
             student = models.linearize(teacher, settings.student.feature_map, settings.student.keep_softmax)
-            num_classes_of(settings, infos, student)
+            stage.head_classes(settings, infos, student)
 
 
 def main() -> int:
@@ -64,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    ds.end(main())
+    end(main())

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import Settings
-from trainer.engine.engine import DeepSpeedZeroConfig, World, accumulation, offloads
-from trainer.engine.optim import build_optimizer
+from trainer.engine.engine import DeepSpeedZeroConfig, accumulation, offloads
+from trainer.ranks.world import World
 from trainer.setup.build import Job
 from trainer.setup.resolution import Size, pair
-from trainer.stages import Stage
+from trainer.stages.base import Stage
 
 GIB = 2**30
 
@@ -34,7 +34,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     states = model_state_bytes(trained, frozen, teacher, zero, me.size, bf16, offload)
     known = DeepSpeedZeroConfig(**config["zero_optimization"])
     memory = memory_bytes(trained, frozen, teacher, known, me.size, bf16, offload, activations, accumulate)
-    groups = build_optimizer(stage.student, settings, fused=False, cpu_offload=False).param_groups
+    groups = [group for group in stage.parameter_groups() if group["params"]]
     unverified = [str(info.path) for info in (job.train, job.val) if info is not None and info.digest is None]
     lines = [
         f"stage {settings.stage}: {stage.name}",
@@ -47,11 +47,12 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
             f"learning rate {settings.train.lr * group.get('lr_scale', 1.0):g}"
             for group in groups
         ),
-        f"images: {job.train.num_samples:,} to train on, {job.val.num_samples if job.val else 0:,} to judge on",
+        f"images: {job.train.num_samples:,} to train on, {job.val.num_samples if job.val else 0:,} to evaluate on",
+        *(f"note: {note}" for note in job.notes),
         *(f"written without checksums, damage to its images goes unnoticed: {path}" for path in unverified),
         f"steps: {job.steps:,} of {settings.train.batch_size} images "
         f"({me.size} ranks x {accumulate} x {micro}), {job.steps_per_epoch:,} an epoch",
-        f"FLOPs a step: {flops * settings.train.batch_size:.3e}",
+        f"FLOPs per step: {flops * settings.train.batch_size:.3e}",
         f"memory a rank: {memory / GIB:.2f} GiB at most, an estimate; of it weights, gradients and optimizer "
         f"{states / GIB:.2f} (ZeRO {zero}), a micro-batch {activations / GIB:.2f}, the rest DeepSpeed's buffers",
     ]

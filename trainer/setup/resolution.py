@@ -1,6 +1,7 @@
 """Training at other sizes first: short low, then high. The samples and their order stay what they are.
 
-Models then take images of any size, their position embeddings those of the last size, resampled in each forward pass.
+Models then take images of any size. Their position embeddings are those of the last size, resampled in each forward
+pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,14 +9,20 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
 
+from trainer.fields import Count, checked
+
 Size = int | list[int]  # pixels, a side or [height, width]
 
 
-class Phase(NamedTuple):
-    """Images of `size` up to the step `until`."""
+def plain(size: Sequence[int] | int) -> Size:
+    """A side where height and width are the same, else [height, width]: as settings and exports hold it."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height if height == width else [height, width]
 
-    size: Size
-    until: int
+
+def pair(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def parse(spec: str) -> tuple[Size, float]:
@@ -29,15 +36,23 @@ def parse(spec: str) -> tuple[Size, float]:
     return plain((height, width)), float(share)
 
 
-def plain(size: Sequence[int] | int) -> Size:
-    """A side where height and width are the same, else [height, width]: as settings and exports hold it."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height if height == width else [height, width]
+def _leave_steps(specs: list[str]) -> bool:
+    try:
+        found = [parse(spec) for spec in specs]
+    except ValueError:
+        return False
+    return all(share > 0 and min(pair(size)) >= 1 for size, share in found) and sum(share for _, share in found) < 1
 
 
-def pair(size: Size) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+ImageSize = Count | checked(list[int], "[height, width]", lambda v: len(v) == 2 and min(v) >= 1)
+Resolutions = checked(list[str], "sizes with shares of the steps, below 1 in all, as in [224:0.8]", _leave_steps)
+
+
+class Phase(NamedTuple):
+    """Images of `size` up to the step `until`."""
+
+    size: Size
+    until: int
 
 
 def phases(specs: list[str], last: Size, steps: int) -> list[Phase]:

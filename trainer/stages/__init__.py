@@ -1,23 +1,15 @@
-"""The stages, in one table; of stage 3 there is one for each task."""
+"""The table of stages: what `--stage` takes, and what runs it.
 
-from trainer.config import Settings
-from trainer.stages.attention_alignment import AttentionAlignment
-from trainer.stages.base import Stage
-from trainer.stages.feature_alignment import FeatureAlignment
-from trainer.stages.finetune import Finetune
-from trainer.stages.segmentation.stage import Segmentation
+A stage is a folder with `stage.py`, which the table names, and `settings.py`. The table holds names, since to import a
+stage takes seconds, and imports nothing.
+"""
 
-STAGES: dict[str, type[Stage] | dict[str, type[Stage]]] = {
-    "1": AttentionAlignment,
-    "2": FeatureAlignment,
-    "3": {"classification": Finetune, "segmentation": Segmentation},
+STAGES: dict[str, str | dict[str, str]] = {
+    "1": "trainer.stages.attention_alignment.stage:AttentionAlignment",
+    "2": "trainer.stages.feature_alignment.stage:FeatureAlignment",
+    "3": {  # by --task
+        "classification": "trainer.stages.finetune.stage:Finetune",
+        "segmentation": "trainer.stages.segmentation.stage:Segmentation",
+    },
+    "probe": "trainer.probe.stage",
 }
-
-
-def stage_of(settings: Settings) -> type[Stage]:
-    """The stage that the settings ask for."""
-    found = STAGES[settings.stage]
-    return found[settings.task] if isinstance(found, dict) else found
-
-
-__all__ = ["STAGES", "Stage", "stage_of"]

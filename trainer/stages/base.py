@@ -1,26 +1,29 @@
-"""What the stages share: a student beside a frozen teacher, how it is judged, what it hands on."""
+"""What the stages share: a student beside a frozen teacher, how it is evaluated, what it exports."""
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from deepspeed import comm as dist
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import Loader
+import data
 from models import LinearAttention, ViT, taps
-from trainer.config import Settings
+from trainer.config import Settings, UserError
 from trainer.engine.engine import DeepSpeedEngine, set_working_copy
 from trainer.engine.shards import WEIGHT, Shards
+from trainer.ranks.world import dist
 
 Batch = dict[str, Tensor]
+Infos = Mapping[str, data.Info]  # what data.train and data.val hold, by "train" and "val"
 
 
-class Pass:
-    """One batch of images through student and teacher, each run at most once and only when asked for."""
+class ForwardOutputs:
+    """One batch of images through student and teacher; each runs at most once, and only when asked for."""
 
     def __init__(self, stage: "Stage", image: Tensor) -> None:
         self.stage, self.image = stage, image
@@ -39,20 +42,30 @@ class Pass:
 
 
 class Stage(nn.Module):
-    """A student in training. `forward(batch)` gives mean losses in training, values a sample in evaluation.
+    """A student in training. `forward(batch)` gives mean losses in training, values per sample in evaluation.
 
-    Subclasses give `losses` and `trainable`, and may override `prepare` (before the optimizer exists).
+    A subclass gives `losses`. What else is its own it overrides: the class attributes, its checks, `prepare` (before
+    the optimizer exists), its parameter groups, its average, its metrics, its pictures, its part of the export.
     """
 
     name: str
-    trainable: str  # default of student.trainable
+    trainable: str  # the default of student.trainable
+    previous: str | None = None  # the stage whose export it starts from
+    needs_teacher = True  # a pretrained one, to align with
+    compares = True  # the student with the teacher
+    quick_probes = False  # whether `probe.every` applies
     teacher_taps: tuple[str, ...] = ()
     teacher: ViT | None
 
-    def __init__(self, settings: Settings, student: ViT, teacher: ViT | None) -> None:
-        """Selects what is trained. `teacher` None: there is none to compare with (stage 3 from scratch)."""
+    def __init__(self, settings: Settings, student: ViT, teacher: ViT | None, num_classes: int, infos: Infos) -> None:
+        """Selects what is trained.
+
+        Args:
+            teacher: None where there is none to compare with.
+            num_classes: of the head that the stage ends with.
+        """
         super().__init__()
-        self.settings = settings
+        self.settings, self.num_classes, self.infos = settings, num_classes, infos
         self.student = self.wrap(student)
         # Beside the module tree: no gradient, no checkpoint, no ZeRO partition, no train().
         object.__setattr__(self, "teacher", teacher)
@@ -63,15 +76,52 @@ class Stage(nn.Module):
             parameter.requires_grad_(False)
         for parameter in self.selected(settings.student.trainable or self.trainable):
             parameter.requires_grad_(True)
-        # The engine rounds frozen weights to its working precision: what is exported are these.
+        # The engine rounds frozen weights to its working precision: the export holds these.
         self.frozen = {
             name: value.detach().clone()
             for name, value in self.student.state_dict(keep_vars=True).items()
             if not value.requires_grad
         }
 
+    # --- Before training: checks, and how images are read --------------------------------------------------------
+
+    @classmethod
+    def check(cls, settings: Settings, infos: Infos, micro_batch_size: int) -> None:
+        """Raises UserError, in one line, when data and settings do not fit the stage."""
+        size, found = settings.train.batch_size, infos["train"]
+        if found.num_samples < size:
+            raise UserError(f"train.batch_size {size}: {found.path} has only {found.num_samples} images")
+
+    @classmethod
+    def head_classes(cls, settings: Settings, infos: Infos, student: nn.Module) -> int:
+        """Classes of the head that the stage ends with; here the student's own.
+
+        Raises:
+            UserError: a label of the validation images is outside of them.
+        """
+        if "val" in infos and student.num_classes > 1:
+            check_labels("val", infos["val"], student.num_classes)
+        return student.num_classes
+
+    @classmethod
+    def train_loader(cls, settings: Settings, path: Path, **how: Any) -> data.Loader:
+        """Batches to train on; `how` are the keywords that do not depend on the stage."""
+        given = settings.data
+        return data.train_loader(path, scale=tuple(given.scale), ratio=tuple(given.ratio), hflip=given.hflip, **how)
+
+    @classmethod
+    def eval_loader(cls, settings: Settings, path: Path, **how: Any) -> data.Loader:
+        """Batches to evaluate on."""
+        return data.eval_loader(path, crop_pct=settings.data.crop_pct, **how)
+
+    def notes(self) -> list[str]:
+        """What the user should know before the run, a line each."""
+        return []
+
+    # --- The student ---------------------------------------------------------------------------------------------
+
     def wrap(self, student: ViT) -> nn.Module:
-        """The module that is trained: the student itself, called for what `Pass.student` gives, or one around it."""
+        """The module that is trained: the student itself, which gives `ForwardOutputs.student`, or one around it."""
         # ZeRO 3 gathers the model's own parameters (position embedding, prefix tokens) when the model is called as a
         # module, and again for backward through what the call returns: so the call itself must return the tokens.
         student.forward = functools.partial(tokens_and_logits, student)
@@ -91,29 +141,51 @@ class Stage(nn.Module):
             for block in (block for vit in vits for block in vit.blocks):
                 block.compile()
 
-    def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
-        """The loss and its parts, a value a sample: {"loss": [B], ...}."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Of what is trained: no weight decay on biases, norms and embeddings, as timm groups them.
+
+        A group's `lr_scale` is a factor on the learning rate.
+        """
+        return param_groups_weight_decay(self.student, **self.decay_options())
+
+    def decay_options(self) -> dict[str, Any]:
+        """The keywords that timm's functions for parameter groups share."""
+        return {
+            "weight_decay": self.settings.train.weight_decay,
+            "no_weight_decay_list": self.student.no_weight_decay(),
+        }
+
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of the weights' moving average, which is then evaluated and exported; None: there is none."""
+        return None
+
+    # --- Training and evaluation ---------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
+        """The loss and its parts, a value per sample: {"loss": [B], ...}."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Training: {"loss": scalar, **parts}. Evaluation: the same a sample [B], and what the student is judged by."""
-        see = Pass(self, batch["image"])
-        losses = self.losses(batch, see)
+        """Training: {"loss": scalar, **parts}. Evaluation: the same per sample [B], and `metrics`."""
+        outputs = ForwardOutputs(self, batch["image"])
+        losses = self.losses(batch, outputs)
         if self.training:
             return {key: value.mean() for key, value in losses.items()}
-        return losses | self.judge(batch, see)
+        return losses | self.metrics(batch, outputs)
 
-    def judge(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
-        """`top1`, `top5`, `teacher_top1` (percent) and `feature_cosine`, a value a sample [B], where they apply."""
+    def metrics(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
+        """`top1`, `top5`, `teacher_top1` (percent) and `feature_cosine`, a value per sample [B], where they apply."""
         values = {}
-        tokens, logits = see.student
+        tokens, logits = outputs.student
         if self.teacher is not None:
-            values["feature_cosine"] = F.cosine_similarity(tokens.float(), see.teacher["norm"].float(), dim=-1).mean(-1)
+            target = outputs.teacher["norm"].float()
+            values["feature_cosine"] = F.cosine_similarity(tokens.float(), target, dim=-1).mean(-1)
         if "label" in batch and self.student.num_classes > 1:
             hits = logits.topk(min(5, logits.shape[-1])).indices == batch["label"][:, None]
             values["top1"], values["top5"] = hits[:, 0] * 100.0, hits.any(-1) * 100.0
             if self.teacher is not None and self.teacher.num_classes == self.student.num_classes:
-                values["teacher_top1"] = (see.teacher["logits"].argmax(-1) == batch["label"]) * 100.0
+                values["teacher_top1"] = (outputs.teacher["logits"].argmax(-1) == batch["label"]) * 100.0
         return values
 
     def evaluate(self, engine: DeepSpeedEngine, batches: Iterable[Batch]) -> dict[str, float]:
@@ -122,7 +194,7 @@ class Stage(nn.Module):
         What `batches` raises, on all ranks together, leaves the engine ready to go on.
         """
         sums: dict[str, Tensor] = {}
-        with self.judging(engine):
+        with self.evaluation_mode(engine):
             for batch in batches:
                 out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
                 for key, value in out.items():
@@ -137,14 +209,9 @@ class Stage(nn.Module):
         """What the best checkpoint is chosen by, higher is better: of what `evaluate` gave."""
         return -values["loss"]
 
-    def averages(self, engine: DeepSpeedEngine) -> bool:
-        """Whether a moving average of the weights is judged and exported; there is none before the first step."""
-        kept = self.settings.stage == "3" and self.settings.stage3.ema is not None
-        return kept and engine.global_steps > engine.skipped_steps
-
     @contextlib.contextmanager
-    def judging(self, engine: DeepSpeedEngine) -> Iterator[None]:
-        """Evaluation mode, without gradients, with the moving average where one is kept; then training mode again."""
+    def evaluation_mode(self, engine: DeepSpeedEngine) -> Iterator[None]:
+        """Evaluation without gradients, with the moving average where one is kept; then training mode again."""
         engine.eval()
         try:
             with torch.no_grad(), self.averaged_weights(engine):
@@ -156,7 +223,7 @@ class Stage(nn.Module):
     def averaged_weights(self, engine: DeepSpeedEngine) -> Iterator[None]:
         """Within the context forward uses the moving average, where one is kept."""
         shards = Shards(engine)
-        trained = shards.parameters.items() if self.averages(engine) else ()
+        trained = shards.parameters.items() if self.has_average(engine) else ()
         for name, parameter in trained:
             set_working_copy(parameter, shards.full(name, "ema"))
         try:
@@ -165,7 +232,13 @@ class Stage(nn.Module):
             for name, parameter in trained:
                 set_working_copy(parameter, shards.full(name))
 
-    def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
+    def has_average(self, engine: DeepSpeedEngine) -> bool:
+        """Whether there is a moving average; there is none before the first step."""
+        return self.ema_decay is not None and engine.global_steps > engine.skipped_steps
+
+    # --- At the end ----------------------------------------------------------------------------------------------
+
+    def draw(self, engine: DeepSpeedEngine, loader: data.Loader | None, folder: Path) -> None:
         """Pictures of what came out, into `folder`, from an evaluation loader where there is one; a collective."""
 
     def export(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -173,11 +246,15 @@ class Stage(nn.Module):
 
         A collective, call it on all ranks.
         """
-        shards, key = Shards(engine), "ema" if self.averages(engine) else WEIGHT
+        shards, key = Shards(engine), "ema" if self.has_average(engine) else WEIGHT
         trained = {name.removeprefix("student."): shards.full(name, key).cpu() for name in shards.parameters}
         # Buffers that keep their precision are live, such as the running statistics of a head's batch norm.
         kept = {n: b for n, b in self.student.named_buffers() if n in self.frozen and b.dtype == self.frozen[n].dtype}
         return trained | self.frozen | kept
+
+    def export_config(self) -> dict[str, Any]:
+        """What the stage adds to the export's config.json."""
+        return {}
 
 
 def tokens_and_logits(vit: ViT, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,3 +275,11 @@ def trainable_parameters(student: ViT, which: str) -> list[nn.Parameter]:
         return head
     ids = {id(p) for p in head} if which == "backbone" else set()
     return [p for p in student.parameters() if id(p) not in ids]
+
+
+def check_labels(split: str, info: data.Info, num_classes: int) -> None:
+    """Raises UserError when a file has labels outside of the head's classes."""
+    if info.has_labels and info.max_label >= num_classes:
+        raise UserError(
+            f"data.{split} {info.path}: has labels up to {info.max_label}, outside the head's {num_classes} classes"
+        )

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor, nn
 
+import data
 import models
-from data import Loader
 from models import IGNORE, Segmenter, ViT, build_head
+from trainer.config import Settings, UserError
 from trainer.engine.engine import DeepSpeedEngine
+from trainer.engine.optim import scaled
 from trainer.output.folder import StageFolder
-from trainer.stages.base import Batch, Pass, Stage, trainable_parameters
-from trainer.stages.finetune import set_drop_path
+from trainer.ranks.world import dist
+from trainer.stages.base import Batch, ForwardOutputs, Infos, trainable_parameters
+from trainer.stages.finetune.stage import Supervised, set_drop_path
 from trainer.stages.keyed import draw_paths
 from trainer.stages.segmentation.masks import Shown, draw_masks
 from trainer.stages.segmentation.metrics import class_iou, confusion, scores
@@ -25,20 +27,69 @@ SHOWN = 8  # images in a picture, at most
 PIXELS = 2**27  # values of class probabilities held at once in evaluation: half a GiB in fp32
 
 
-class Segmentation(Stage):
-    """The head's own loss on masks; judged at the images' own size by the mean intersection over union."""
+class Segmentation(Supervised):
+    """The head's own loss on masks; evaluated at the images' own size by the mean intersection over union."""
 
     name = "semantic segmentation"
-    trainable = "all"
-    names: list[str]  # of the classes
-    palette: list[list[int]]  # their colours in pictures, (R, G, B)
+    compares = False
     worst: list[tuple[float, int, Shown]] | None = None  # (IoU, index, image) of the last evaluation
     first: list[tuple[int, int, Shown]]
+
+    @classmethod
+    def check(cls, settings: Settings, infos: Infos, micro_batch_size: int) -> None:
+        """Masks there must be, of the same classes; and `segmentation.beside` must segment into as many."""
+        super().check(settings, infos, micro_batch_size)
+        train = infos["train"]
+        for split, info in infos.items():
+            if not info.has_masks or info.mask_classes is None:
+                what = (
+                    "has no JSON beside it, which names the classes of its masks" if info.has_masks else "has no masks"
+                )
+                how = "write it with python -m data.write --task segmentation"
+                raise UserError(f"data.{split} {info.path}: {what}; {how}")
+            if info.mask_classes != train.mask_classes:
+                raise UserError(
+                    f"data.{split} {info.path}: its masks have other classes than those of data.train {train.path}; "
+                    "write both with one class table"
+                )
+        if settings.stage3.num_classes not in (None, len(train.mask_classes)):
+            raise UserError(
+                f"stage3.num_classes {settings.stage3.num_classes}: data.train has {len(train.mask_classes)} classes; "
+                "leave it out"
+            )
+        beside = settings.segmentation.beside
+        if beside is not None:
+            theirs = models.read_config(beside).get("segmentation", {}).get("num_classes")
+            if theirs != len(train.mask_classes):
+                what = f"has {theirs} classes, the data has {len(train.mask_classes)}"
+                what = "does not segment" if theirs is None else what
+                raise UserError(
+                    f"segmentation.beside {beside}: {what}; give the export of another segmentation, or none"
+                )
+
+    @classmethod
+    def head_classes(cls, settings: Settings, infos: Infos, student: nn.Module) -> int:
+        """Those of the masks."""
+        return len(infos["train"].mask_classes)
+
+    @classmethod
+    def train_loader(cls, settings: Settings, path: Path, **how: Any) -> data.Loader:
+        """Images and masks, by segmentation's recipe."""
+        given = settings.data
+        return data.train_loader(
+            path, masks=True, resize=tuple(given.resize), hflip=given.hflip, max_share=given.max_share,
+            photometric=given.photometric, **how,
+        )  # fmt: skip
+
+    @classmethod
+    def eval_loader(cls, settings: Settings, path: Path, **how: Any) -> data.Loader:
+        """Images and masks at their own size."""
+        return data.original_loader(path, **{key: value for key, value in how.items() if key != "image_size"})
 
     def wrap(self, student: ViT) -> nn.Module:
         """The student with a new head in its classifier's place."""
         options = self.settings.segmentation
-        head = build_head(options.head, student.embed_dim, self.settings.stage3.num_classes, **options.kwargs)
+        head = build_head(options.head, student.embed_dim, self.num_classes, **options.kwargs)
         return Segmenter(student, head)
 
     def prepare(self) -> None:
@@ -50,7 +101,12 @@ class Segmentation(Stage):
         """What `which` says of the backbone (`head`: none of it); the head, being new, always."""
         return [*trainable_parameters(self.student.backbone, which), *self.student.head.parameters()]
 
-    def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """With `segmentation.head_lr` as the factor on the head's learning rate."""
+        groups, factor = super().parameter_groups(), self.settings.segmentation.head_lr
+        return groups if factor == 1 else scaled(groups, self.student.head.parameters(), factor)
+
+    def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""
         draw_paths(self.paths, batch["key"])
         return self.student(batch["image"], batch["mask"])
@@ -68,11 +124,11 @@ class Segmentation(Stage):
 
         The loss is cross-entropy of the mean over all views, as `Head.loss` counts pixels.
         """
-        classes = self.settings.stage3.num_classes
+        classes = self.num_classes
         matrix = torch.zeros(classes, classes, dtype=torch.int64, device=engine.device)
         loss = torch.zeros(2, dtype=torch.float64, device=engine.device)  # sum, images
         self.worst, self.first = [], []
-        with self.judging(engine):
+        with self.evaluation_mode(engine):
             for batch in batches:
                 for index, image, truth, chance in self.predictions(engine, batch):
                     found = chance.argmax(1)
@@ -106,16 +162,16 @@ class Segmentation(Stage):
         columns = (100 * class_iou(matrix)).tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist()
         classes = {
             name: {"iou": None if iou != iou else iou, "pixels": truth, "predicted": found}
-            for name, iou, truth, found in zip(self.names, *columns, strict=True)
+            for name, iou, truth, found in zip(self.infos["train"].mask_classes, *columns, strict=True)
         }
         path = StageFolder(self.settings).path / "classes.json"
         path.write_text(json.dumps({"step": engine.global_steps, "classes": classes}, indent=1) + "\n")
 
-    def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
+    def draw(self, engine: DeepSpeedEngine, loader: data.Loader | None, folder: Path) -> None:
         """`worst.png` and `first.png`: images, truth and masks; `segmentation.beside` has one more column."""
         if loader is None:
             return
-        if self.worst is None:  # judged by the process before this one
+        if self.worst is None:  # evaluated by the process before this one
             self.evaluate(engine, loader.epoch())
         shown = {}
         for name, mine in (("worst", self.worst), ("first", self.first)):
@@ -129,13 +185,14 @@ class Segmentation(Stage):
             return
         other = self.settings.segmentation.beside
         other = None if other is None else models.load(other).to(engine.device)
+        info = self.infos["train"]
         for name, rows in shown.items():
             masks = {"truth": [row.truth for row in rows], _attention(self.student): [row.found for row in rows]}
             if other is not None:
                 masks[f"{_attention(other)} beside"] = [self.masks_of(other, row.image) for row in rows]
             titles = [f"{row.index}: IoU {100 * row.iou:.1f}" for row in rows]
             images = [loader.pixels(row.image.to(engine.device)).cpu() for row in rows]
-            draw_masks(folder / f"{name}.png", images, masks, titles, self.names, self.palette)
+            draw_masks(folder / f"{name}.png", images, masks, titles, info.mask_classes, info.palette)
 
     @torch.no_grad()
     def masks_of(self, model: nn.Module, image: Tensor) -> Tensor:
@@ -158,7 +215,7 @@ class Segmentation(Stage):
 
         size, valid = tuple(batch["image"].shape[-2:]), batch["valid"]
         image, mask, index = (batch[key][valid] for key in ("image", "mask", "index"))
-        at_once = max(1, PIXELS // (self.settings.stage3.num_classes * size[0] * size[1]))
+        at_once = max(1, PIXELS // (self.num_classes * size[0] * size[1]))
         parts = [slice(at, at + at_once) for at in range(0, len(image), at_once)]
         calls = sum(views.calls(len(image[part]), size) for part in parts)
         most = torch.tensor(calls, device=engine.device)
@@ -167,6 +224,12 @@ class Segmentation(Stage):
             yield index[part], image[part], mask[part], views.probabilities(model, image[part])
         for _ in range(most.item() - calls):
             model(batch["image"][:1, :, : views.window[0], : views.window[1]])
+
+    def export_config(self) -> dict[str, Any]:
+        """The head, and the classes with their colours."""
+        options, info = self.settings.segmentation, self.infos["train"]
+        of_head = {"head": options.head, "num_classes": self.num_classes, "kwargs": options.kwargs}
+        return {"segmentation": of_head | {"classes": info.mask_classes, "palette": info.palette}}
 
 
 def _attention(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models import linear_blocks, rotary_embeddings, taps
-from trainer.stages.base import Batch, Pass, Stage
+from trainer.stages.base import Batch, ForwardOutputs, Stage
 
 
 class AttentionAlignment(Stage):
@@ -29,14 +29,14 @@ class AttentionAlignment(Stage):
             for i in self.blocks:
                 self.student.blocks[i].attn.compile()
 
-    def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B]}."""
-        ropes = rotary_embeddings(self.teacher, see.image.shape[-2:])
+        ropes = rotary_embeddings(self.teacher, outputs.image.shape[-2:])
         with taps(self.student, self.student_taps) as read:
             for i in self.blocks:
-                self.attend(self.student.blocks[i].attn, see.teacher[f"blocks.{i}.attn_in"], ropes[i])
+                self.attend(self.student.blocks[i].attn, outputs.teacher[f"blocks.{i}.attn_in"], ropes[i])
         errors = [
-            F.mse_loss(read[name].float(), see.teacher[name].float(), reduction="none").mean((1, 2))
+            F.mse_loss(read[name].float(), outputs.teacher[name].float(), reduction="none").mean((1, 2))
             for name in self.student_taps
         ]
         return {"loss": torch.stack(errors).mean(0)}

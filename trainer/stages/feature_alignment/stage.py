@@ -6,14 +6,14 @@ ViT-AdaLA, arXiv 2603.16063: both run in the same process, the target is made on
 from pathlib import Path
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from data import Loader
 from models import taps
 from trainer.engine.engine import DeepSpeedEngine
-from trainer.stages.base import Batch, Pass, Stage
+from trainer.ranks.world import dist
+from trainer.stages.base import Batch, ForwardOutputs, Stage
 from trainer.stages.pictures import draw_features
 
 SHOWN = 8  # images in the picture, at most
@@ -39,14 +39,16 @@ class FeatureAlignment(Stage):
 
     name = "feature alignment"
     trainable = "backbone"
+    previous = "1"
+    quick_probes = True
 
     def prepare(self) -> None:
         """Checkpointing and compilation, block by block."""
         self.save_memory_and_time(self.student, self.teacher)
 
-    def losses(self, batch: Batch, see: Pass) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""
-        return LOSSES[self.settings.stage2.loss](see.student[0].float(), see.teacher["norm"].float())
+        return LOSSES[self.settings.stage2.loss](outputs.student[0].float(), outputs.teacher["norm"].float())
 
     def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
         """`features.png`: the last tokens of the first images, teacher beside student."""

@@ -1,0 +1,82 @@
+"""Settings of what a stage runs on: the teacher, the student and the images."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from trainer.fields import Count, Fraction, Interval, OptionalPath, PathName, Probability, Shares, checked
+from trainer.setup.resolution import ImageSize, Resolutions
+
+Mean = checked(list[float], "three values (R, G, B)", lambda v: len(v) == 3)
+Std = checked(list[float], "three values (R, G, B) above 0", lambda v: len(v) == 3 and min(v) > 0)
+
+
+@dataclass
+class Teacher:
+    """The softmax ViT that is converted."""
+
+    free: ClassVar = frozenset({"weights"})  # compared by what they hold
+
+    name: str | None = None
+    """timm's name of the architecture, with or without a pretrained tag."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Architecture overrides for timm.create_model."""
+    weights: OptionalPath = None
+    """A local file of weights; by default they come from the hub."""
+    pretrained: bool = True
+    """Whether to load weights; false leaves them random, which only stage 3 accepts."""
+
+
+@dataclass
+class Student:
+    """What the teacher is turned into."""
+
+    attention: Literal["linear", "softmax"] = "linear"
+    """The kind of attention; softmax is the baseline of stage 3."""
+    feature_map: str = "elu1"
+    """The feature map of linear attention: a name from models.FEATURE_MAPS."""
+    keep_softmax: list[int] = field(default_factory=list)
+    """Blocks that keep softmax attention."""
+    trainable: Literal["qkv", "attention", "backbone", "head", "all"] | None = None
+    """Parameters that train; by default qkv in stage 1, backbone in stage 2, all in stage 3."""
+    parent: PathName | None = None
+    """The export to start from, or none for the teacher's weights; by default the previous stage's of the run."""
+
+
+@dataclass
+class Data:
+    """Images, as .beton files that `python -m data.write` makes."""
+
+    free: ClassVar = frozenset({"workers", "train", "val"})  # the files are compared by what they hold
+
+    train: OptionalPath = None
+    """A .beton file to train on, or digits, the embedded data set."""
+    val: OptionalPath = None
+    """A .beton file to evaluate on, digits, or none."""
+    image_size: ImageSize | None = None
+    """Pixels: a side, or [height, width]; by default the teacher's."""
+    resolutions: Resolutions = field(default_factory=list)
+    """Sizes before image_size, each with its share of the steps: [224:0.8]."""
+    mean: Mean | None = None
+    """Mean of R, G and B in 0..1; by default the teacher's."""
+    std: Std | None = None
+    """Standard deviation of R, G and B; by default the teacher's."""
+    crop_pct: Fraction = 1.0
+    """Share of the shorter side that the evaluation's centre crop keeps."""
+    scale: Shares = field(default_factory=lambda: [0.25, 1.0])
+    """Area of the random resized crop, as a share of the image."""
+    ratio: Interval = field(default_factory=lambda: [0.75, 1.3333])
+    """Aspect ratio of the random resized crop."""
+    hflip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    resize: Interval = field(default_factory=lambda: [0.5, 2.0])
+    """Segmentation: random scale before the crop; 1 makes the shorter side image_size."""
+    max_share: Fraction = 0.75
+    """Segmentation: largest share of one class in a crop; above it another crop is drawn."""
+    photometric: bool = True
+    """Segmentation: random brightness, contrast, saturation and hue."""
+    order: Literal["auto", "random", "windowed"] = "auto"
+    """Reading order: windowed reads in long runs; auto takes it for files above 2/3 of memory."""
+    window: Count | None = None
+    """MiB that the windowed order shuffles together, over all ranks; by default 2048, or 1/4 of memory."""
+    workers: Count | None = None
+    """Decoding threads per rank; by default its share of the cores."""

@@ -1,0 +1,30 @@
+"""Settings of stage 3, for both of its tasks."""
+
+from dataclasses import dataclass
+
+from trainer.fields import BelowOne, Count, Fraction, NonNegative
+
+
+@dataclass
+class Stage3:
+    """Stage 3, supervised fine-tuning."""
+
+    num_classes: Count | None = None
+    """Classes of the head; by default those of the training data."""
+    reset_head: bool = False
+    """Start from a new head, even where the teacher's fits."""
+    layer_decay: Fraction | None = None
+    """Factor on the learning rate per block, from the last one to the first."""
+    drop_path: BelowOne = 0.0
+    """Stochastic depth: share of the paths that are dropped in the last block."""
+    label_smoothing: BelowOne = 0.0
+    """Share of the target that is spread over all classes."""
+    mixup: NonNegative = 0.0
+    """Mixup's alpha; 0 is off."""
+    cutmix: NonNegative = 0.0
+    """CutMix's alpha; 0 is off."""
+    ema: BelowOne | None = None
+    """Decay of the weights' moving average, which is then evaluated and exported."""
+
+
+SETTINGS = {"stage3": Stage3}

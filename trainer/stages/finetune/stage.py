@@ -1,0 +1,99 @@
+"""Stage 3, supervised fine-tuning for classification: head and backbone on labels, with timm's recipe."""
+
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import ViT
+from trainer.config import Settings, UserError
+from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage, check_labels
+from trainer.stages.keyed import DropPath, Mixup, draw_paths
+
+
+class Supervised(Stage):
+    """What both tasks of stage 3 share: its parameter groups, its moving average, drop path."""
+
+    trainable = "all"
+    previous = "2"
+    needs_teacher = False
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """With `stage3.layer_decay` a factor on the learning rate per block, from the last one to the first."""
+        decay = self.settings.stage3.layer_decay
+        if decay is None:
+            return super().parameter_groups()
+        return param_groups_layer_decay(self.student, **self.decay_options(), layer_decay=decay)
+
+    @property
+    def ema_decay(self) -> float | None:
+        """`stage3.ema`."""
+        return self.settings.stage3.ema
+
+
+class Finetune(Supervised):
+    """Cross-entropy with label smoothing, mixup, cutmix and drop path, all keyed by sample."""
+
+    name = "supervised fine-tuning"
+
+    @classmethod
+    def check(cls, settings: Settings, infos: Infos, micro_batch_size: int) -> None:
+        """Labels there must be, and an even micro-batch for mixing."""
+        super().check(settings, infos, micro_batch_size)
+        for split, info in infos.items():
+            if not info.has_labels:
+                raise UserError(f"data.{split} {info.path}: has no labels, which stage 3 learns from")
+        if settings.stage3.mixup + settings.stage3.cutmix > 0 and micro_batch_size % 2:
+            raise UserError(
+                f"stage3.mixup, cutmix: mix pairs, but a micro-batch has {micro_batch_size} images; make it even"
+            )
+
+    @classmethod
+    def head_classes(cls, settings: Settings, infos: Infos, student: nn.Module) -> int:
+        """`stage3.num_classes`, else those of the training data; checks that all labels are among them."""
+        train = infos["train"]
+        num_classes = settings.stage3.num_classes or (len(train.classes) if train.classes else train.max_label + 1)
+        for split, info in infos.items():
+            check_labels(split, info, num_classes)
+        return num_classes
+
+    def prepare(self) -> None:
+        """A head of the right size, drop path, mixing, checkpointing and compilation."""
+        options = self.settings.stage3
+        if self.num_classes != self.student.num_classes or options.reset_head:
+            self.student.reset_classifier(self.num_classes)
+        self.paths = set_drop_path(self.student, options.drop_path)
+        self.save_memory_and_time(self.student)
+        self.mix = Mixup(options.mixup, options.cutmix) if options.mixup > 0 or options.cutmix > 0 else None
+
+    def score(self, values: dict[str, float]) -> float:
+        """Top-1."""
+        return values["top1"]
+
+    def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
+        """{"loss": [B]}."""
+        label = batch["label"]
+        if not self.training:
+            return {"loss": F.cross_entropy(outputs.student[1].float(), label, reduction="none")}
+        if self.mix is not None:
+            outputs.image, share, partner = self.mix(outputs.image, batch["key"])
+        draw_paths(self.paths, batch["key"])
+        logits, smoothing = outputs.student[1].float(), self.settings.stage3.label_smoothing
+        loss = F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
+        if self.mix is not None:  # cross-entropy is linear in the target: this is that with the mixed one
+            other = F.cross_entropy(logits, label[partner], reduction="none", label_smoothing=smoothing)
+            loss = share * loss + (1 - share) * other
+        return {"loss": loss}
+
+
+def set_drop_path(vit: ViT, rate: float) -> dict[int, DropPath]:
+    """Drop path rising linearly over depth to `rate`, as timm builds it; the active ones, numbered two a block."""
+    paths = {}
+    for i, drop in enumerate(torch.linspace(0, rate, len(vit.blocks)).tolist()):
+        for which, name in enumerate(("drop_path1", "drop_path2")):
+            setattr(vit.blocks[i], name, DropPath(drop) if drop > 0 else nn.Identity())
+            if drop > 0:
+                paths[2 * i + which] = getattr(vit.blocks[i], name)
+    return paths
