@@ -8,7 +8,7 @@ from timm.models import VisionTransformer
 from torch.nn import functional as F
 
 from data.augment import sample_keys, uniform
-from trainer.stages.finetune import set_drop_path
+from trainer.stages.finetune.stage import set_drop_path
 from trainer.stages.keyed import _LAMBDA, _LEFT, _SWITCH, _TOP, DropPath, Mixup, draw_paths, uniforms
 
 
