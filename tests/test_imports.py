@@ -1,6 +1,9 @@
-"""Imports run one way: jobs -> trainer -> {models, data}; the loop knows no stage."""
+"""Imports run one way: jobs -> trainer -> {models, data}, and inside of trainer/ down, floor by floor."""
 
 import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,15 +15,52 @@ FORBIDDEN = {
     "trainer": {"jobs", "benchmarks", "tests"},
     "jobs": {"models", "data", "benchmarks", "tests"},
 }
-# It submits the very command that was typed.
+# The door submits the very command that was typed.
 ALLOWED = {"trainer/run.py": {"jobs"}}
+
+# The floors of trainer/, from the top down. A module imports what lies below its floor, or in its own room.
+FLOORS = [
+    {"trainer.run"},
+    {"trainer.main"},
+    {"trainer.probe"},
+    {"trainer.setup"},
+    {"trainer.loop", "trainer.stages"},
+    {"trainer.engine", "trainer.output"},
+    {"trainer.config"},
+    {"trainer.ranks"},
+    # Settings, and what they are made of: nothing heavy.
+    {"trainer.settings"},  # every room's own
+    {"trainer.setup.resolution", "trainer.stages.alignment", "trainer.output.paths"},
+    {"trainer.fields"},
+]
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of the modules that a file imports."""
+    """Dotted names of the modules that a file imports: of `from a import b` both `a` and `a.b`."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name -> file, of every module of a package."""
+    found = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def floor(module: str) -> int:
+    """The number of a module's floor, from the top."""
+    if module.endswith(".settings") or module == "trainer.stages":
+        module = "trainer.settings"
+    fits = [(len(room), i) for i, rooms in enumerate(FLOORS) for room in rooms if f"{module}.".startswith(f"{room}.")]
+    assert fits, f"{module} is on no floor; give it one in FLOORS"
+    return max(fits)[1]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
@@ -33,9 +73,26 @@ def test_arrows_run_one_way(package: str) -> None:
         assert not wrong, f"{path} imports {wrong}"
 
 
-def test_the_loop_knows_no_stage() -> None:
-    assert not {
-        name
-        for name in imported(ROOT / "trainer/loop.py")
-        if name.startswith(("trainer.stages", "trainer.setup.build"))
-    }
+def test_imports_run_down_floor_by_floor() -> None:
+    known = modules("trainer")
+    for module, path in known.items():
+        if module == "trainer":
+            continue
+        room = ".".join(module.split(".")[:2])
+        for other in imported(path) & known.keys() - {"trainer", module}:
+            if other.startswith(f"{room}.") or other == room:
+                continue
+            assert floor(other) > floor(module), f"{module} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("package", ["trainer", "data", "jobs"])
+def test_there_is_no_circle(package: str) -> None:
+    known = modules(package)
+    graph = {name: (imported(path) & known.keys()) - {name, package} for name, path in known.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_settings_import_nothing_heavy() -> None:
+    code = "import sys, trainer.config, jobs.settings; print(*{'torch', 'deepspeed', 'timm', 'ffcv', 'numba'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not done.stdout.split()

@@ -37,11 +37,13 @@ def train(training: Training, step: int, steps: int) -> int:
     """Train from `step` to `steps`; returns 0, or `STOPPED`.
 
     Raises:
-        UserError: `max_skipped` steps in a row had a non-finite loss or gradient; or damaged data.
+        UserError: `max_skipped` steps in a row, or half of a short run, had a non-finite loss or gradient; or damaged
+            data.
     """
     engine, loader, settings = training.engine, training.loader, training.settings
     tracker, checkpoints = training.tracker, training.checkpoints
     clock, skipped, saved = Clock(step), [], step
+    most_skipped = min(settings.max_skipped, -(-steps // 2))  # a short run counts too
     batches = clock.waiting_for(batches_from(loader, step))
     try:
         if should_evaluate(settings, step, steps) and not on_any_rank(tracker.was_evaluated(step), engine.device):
@@ -65,7 +67,7 @@ def train(training: Training, step: int, steps: int) -> int:
             step += 1
             tracker.advance()
             skipped = [] if engine.was_step_applied() else [*skipped, (step, parts)]
-            if len(skipped) >= settings.max_skipped:
+            if len(skipped) >= most_skipped:
                 last = step - len(skipped)  # nothing has changed since
                 if last > saved:
                     training.save(last)

@@ -1,5 +1,7 @@
 """The trainer's main: from what was typed to a stage's export. `run.py` and a cluster's jobs both enter here."""
 
+import math
+
 from data import DamagedError
 from trainer.config import Settings, UserError, as_dict, parse, stage_of
 from trainer.engine.checkpoint import Checkpoints, Manifest
@@ -82,6 +84,8 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: Wor
             values = job.stage.evaluate(engine, should_stop.stoppable(val_data.epoch(), me.device))
             scores[at] = job.stage.score(values)
             tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values, **quick_probe(at)})
+            if at == job.steps:
+                judge(tracker, job, scores[at])
 
     def save(at: int) -> None:
         state = {"step": at, "samples": at * settings.train.batch_size, "settings": as_dict(settings)}
@@ -103,6 +107,27 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: Wor
     tracker.close()
     leave()
     return status
+
+
+def judge(tracker: Tracker, job: Job, score: float) -> None:
+    """Whether the stage was of use: at its end against the evaluation before its first step.
+
+    Raises:
+        UserError: the final evaluation is not finite; nothing is to be exported.
+    """
+    if not math.isfinite(score):
+        raise UserError(
+            f"{job.stage.name}: diverged, the evaluation at step {job.steps} is not finite; nothing is exported; use a "
+            "lower train.lr or more train.warmup_steps in another --run"
+        )
+    first = tracker.first_evaluation
+    before = job.stage.score(first) if first and None not in first.values() else None
+    if before is not None and score < before:
+        tracker.warn(
+            f"the student got worse: {job.stage.scored} was {abs(before):.4g} before the first step and is "
+            f"{abs(score):.4g} at step {job.steps}; use a lower train.lr or more train.warmup_steps in another --run",
+            step=job.steps,
+        )
 
 
 def resume_lineage(settings: Settings, job: Job, manifest: Manifest) -> None:

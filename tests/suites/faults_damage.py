@@ -36,7 +36,7 @@ from tests.suites.faults import (
     published,
 )  # fmt: skip
 from tests.support.damage import KINDS, damage
-from trainer.config import RANGES, Settings, UserError, _names, parse
+from trainer.config import Settings, UserError, names, parse
 from trainer.output.folder import StageFolder
 
 # --- A short stage 2, whose every file can be exchanged --------------------------------------------------------------
@@ -465,12 +465,12 @@ _VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
     max_leaves=8,
 )
-_SETTINGS = dict(_names(Settings))
+_SETTINGS = dict(names(Settings))
 # A value of the kind that the setting wants, near the borders of what it may be.
 _FITTING = st.one_of(st.integers(-1, 3), st.floats(-0.5, 2), st.booleans(), st.lists(st.floats(0, 1), max_size=3))
 _NAMES = st.one_of(
     st.sampled_from(sorted(_SETTINGS)),
-    st.sampled_from(sorted(RANGES)),
+    st.sampled_from(sorted(name for name, kind in _SETTINGS.items() if hasattr(kind, "__metadata__"))),
     st.text(string.ascii_lowercase + "._", max_size=12),
 )
 

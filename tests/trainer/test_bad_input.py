@@ -125,7 +125,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "beton_text": (("--data.train", "{bad}/text.beton"), ("text.beton", "not a .beton")),
     "beton_folder": (("--data.train", "{bad}"), ("folder",)),
     "labels_outside_head": (("--stage", "3", "--stage3.num_classes", "2"), ("train.beton", "up to 3", "2 classes")),
-    "labels_outside_teachers_head": (THREE_CLASSES, ("val.beton", "labels up to 3", "3 classes")),
+    "labels_outside_the_head": (
+        ("--stage", "3", "--stage3.num_classes", "3"), ("train.beton", "labels up to 3", "3 classes"),
+    ),
     "unlabelled": (("--stage", "3", "--data.train", "{bad}/unlabelled.beton"), ("unlabelled.beton", "no labels")),
     "unlabelled_val": (("--stage", "3", "--data.val", "{bad}/unlabelled.beton"), ("data.val", "no labels")),
     "image_size": (("--data.image_size", "36"), ("data.image_size", "36", "patch size 8")),

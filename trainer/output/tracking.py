@@ -29,6 +29,7 @@ class Tracker:
             UserError: it cannot be written.
         """
         self.active, self.wandb, self.bar, self._evaluated = rank == 0, None, None, set()
+        self.first_evaluation: dict[str, Any] | None = None  # before the first step; rank 0 knows
         if not self.active:
             return
         self.path, self.batch_size = folder / "metrics.jsonl", settings.train.batch_size
@@ -59,6 +60,7 @@ class Tracker:
                 kept.append(line + b"\n")
                 if entry.get("split") == "val":
                     self._evaluated.add(entry["step"])
+                    self._remember(entry)
         if b"".join(kept) != before:
             part = self.path.with_suffix(".part")
             part.write_bytes(b"".join(kept))
@@ -77,12 +79,8 @@ class Tracker:
         if not self.active:
             return
         line = {key: _finite(value) for key, value in line.items()}
-        text = json.dumps(line).encode() + b"\n"
-        try:
-            while text:
-                text = text[self.file.write(text) :]
-        except OSError as error:
-            raise self._unwritable(error) from error
+        self._remember(line)
+        self._write(line)
         if self.wandb is not None:
             self.wandb.log(line)
         if line["split"] == "train" and not self.bar.disable:  # the bar itself shows steps and the time left
@@ -95,6 +93,24 @@ class Tracker:
             left = (self.bar.total - line["step"]) * self.batch_size / line["images_per_second"]
             said.append(f"left {timedelta(seconds=round(left))}")
         self.info("  ".join(said))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line).encode() + b"\n"
+        try:
+            while text:
+                text = text[self.file.write(text) :]
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        if line["split"] == "val" and line["step"] == 0:
+            self.first_evaluation = line
+
+    def warn(self, message: str, step: int) -> None:
+        """A warning on the screen, and as a line of split `warning` in the metrics."""
+        if self.active:
+            self._write({"step": step, "split": "warning", "message": message})
+        self.info(f"warning: {message}")
 
     def advance(self) -> None:
         """One step was made."""

@@ -54,6 +54,7 @@ class Stage(nn.Module):
     needs_teacher = True  # a pretrained one, to align with
     compares = True  # the student with the teacher
     quick_probes = False  # whether `probe.every` applies
+    scored = "loss"  # what `score` looks at
     teacher_taps: tuple[str, ...] = ()
     teacher: ViT | None
 
@@ -94,13 +95,7 @@ class Stage(nn.Module):
 
     @classmethod
     def head_classes(cls, settings: Settings, infos: Infos, student: nn.Module) -> int:
-        """Classes of the head that the stage ends with; here the student's own.
-
-        Raises:
-            UserError: a label of the validation images is outside of them.
-        """
-        if "val" in infos and student.num_classes > 1:
-            check_labels("val", infos["val"], student.num_classes)
+        """Classes of the head that the stage ends with; here the student's own."""
         return student.num_classes
 
     @classmethod
@@ -116,7 +111,18 @@ class Stage(nn.Module):
 
     def notes(self) -> list[str]:
         """What the user should know before the run, a line each."""
-        return []
+        return [self.other_classes] if self.other_classes else []
+
+    @functools.cached_property
+    def other_classes(self) -> str | None:
+        """Why the labels of the validation images say nothing about the student's head, or None where they do."""
+        info, head = self.infos.get("val"), self.num_classes
+        if info is None or not info.has_labels or head <= 1:
+            return None
+        classes = len(info.classes) if info.classes else info.max_label + 1
+        if classes == head or (classes < head and not info.classes):  # without names some may just not occur
+            return None
+        return f"data.val {info.path} has {classes} classes, the teacher's head {head}: top1 and top5 are left out"
 
     # --- The student ---------------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class Stage(nn.Module):
         if self.teacher is not None:
             target = outputs.teacher["norm"].float()
             values["feature_cosine"] = F.cosine_similarity(tokens.float(), target, dim=-1).mean(-1)
-        if "label" in batch and self.student.num_classes > 1:
+        if "label" in batch and self.student.num_classes > 1 and self.other_classes is None:
             hits = logits.topk(min(5, logits.shape[-1])).indices == batch["label"][:, None]
             values["top1"], values["top5"] = hits[:, 0] * 100.0, hits.any(-1) * 100.0
             if self.teacher is not None and self.teacher.num_classes == self.student.num_classes:
@@ -275,11 +281,3 @@ def trainable_parameters(student: ViT, which: str) -> list[nn.Parameter]:
         return head
     ids = {id(p) for p in head} if which == "backbone" else set()
     return [p for p in student.parameters() if id(p) not in ids]
-
-
-def check_labels(split: str, info: data.Info, num_classes: int) -> None:
-    """Raises UserError when a file has labels outside of the head's classes."""
-    if info.has_labels and info.max_label >= num_classes:
-        raise UserError(
-            f"data.{split} {info.path}: has labels up to {info.max_label}, outside the head's {num_classes} classes"
-        )

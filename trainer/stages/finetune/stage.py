@@ -7,9 +7,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import data
 from models import ViT
 from trainer.config import Settings, UserError
-from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage, check_labels
+from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage
 from trainer.stages.keyed import DropPath, Mixup, draw_paths
 
 
@@ -19,6 +20,7 @@ class Supervised(Stage):
     trainable = "all"
     previous = "2"
     needs_teacher = False
+    other_classes = None  # the head is trained on these labels
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """With `stage3.layer_decay` a factor on the learning rate per block, from the last one to the first."""
@@ -37,6 +39,7 @@ class Finetune(Supervised):
     """Cross-entropy with label smoothing, mixup, cutmix and drop path, all keyed by sample."""
 
     name = "supervised fine-tuning"
+    scored = "top1"
 
     @classmethod
     def check(cls, settings: Settings, infos: Infos, micro_batch_size: int) -> None:
@@ -97,3 +100,11 @@ def set_drop_path(vit: ViT, rate: float) -> dict[int, DropPath]:
             if drop > 0:
                 paths[2 * i + which] = getattr(vit.blocks[i], name)
     return paths
+
+
+def check_labels(split: str, info: data.Info, num_classes: int) -> None:
+    """Raises UserError when a file has labels outside of the head's classes."""
+    if info.has_labels and info.max_label >= num_classes:
+        raise UserError(
+            f"data.{split} {info.path}: has labels up to {info.max_label}, outside the head's {num_classes} classes"
+        )

@@ -31,6 +31,7 @@ class Segmentation(Supervised):
     """The head's own loss on masks; evaluated at the images' own size by the mean intersection over union."""
 
     name = "semantic segmentation"
+    scored = "miou"
     compares = False
     worst: list[tuple[float, int, Shown]] | None = None  # (IoU, index, image) of the last evaluation
     first: list[tuple[int, int, Shown]]
