@@ -141,7 +141,7 @@ def explained(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def no_such(name: str, kind: type = Settings) -> str:
     """ "no such setting", with the nearest one: by its name, else by the words of its explanation."""
-    known = sorted({part for full, _ in names(kind) for part in (full, full.split(".")[0])} - {name})
+    known = list(dict.fromkeys(part for full, _ in names(kind) for part in (full, full.split(".")[0]) if part != name))
     group, _, last = name.rpartition(".")
     asked = last.lower().split("_")
     near = [full for full in known if full.rpartition(".")[2] == last]
@@ -179,7 +179,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         parser.print_help()
         raise SystemExit(0)
     if typed.stage is None:
-        raise UserError(f"--stage: which stage is missing; give --stage {words(Literal[tuple(STAGES)])}")
+        raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}")
     source = find_source(typed)
     recipe = read_recipe(source, typed.stage, typed.task)
     if typed.teacher_name:
@@ -222,6 +222,10 @@ def gather(argv: list[str], option: str) -> list[str]:
     return [*rest, f"{option}={json.dumps(values)}"] if values else argv
 
 
+class _TwiceError(yaml.constructor.ConstructorError):
+    """A key that stands twice."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key that stands twice; also 2 beside "2"."""
 
@@ -231,7 +235,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     for key, _ in node.value:
         name = str(loader.construct_object(key, deep=True)) if key.tag != "tag:yaml.org,2002:merge" else "<<"
         if name in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice", key.start_mark)
+            raise _TwiceError(None, None, f"{name} stands twice", key.start_mark)
         seen[name] = key
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
@@ -253,7 +257,7 @@ def read_yaml(path: Path, plain: bool = False) -> dict[str, Any]:
         content = yaml.load(path.read_text(), loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from error
-    except yaml.constructor.ConstructorError as error:
+    except _TwiceError as error:
         where = f"{path}, line {error.problem_mark.line + 1}"
         raise UserError(f"{where}: {error.problem}; keep one of the two") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -46,7 +46,7 @@ BelowOne = Annotated[_Float, Ge(0), Lt(1)]
 Count = Annotated[_Int, Ge(1)]
 CountOrZero = Annotated[_Int, Ge(0)]
 PathName = Annotated[str, AfterValidator(os.path.expanduser)]
-OptionalPath = Annotated[PathName | None, BeforeValidator(lambda v: None if v in ("none", "None") else v)]
+OptionalPath = Annotated[str, AfterValidator(lambda v: None if v.lower() == "none" else os.path.expanduser(v))] | None
 Factors = checked(list[float], "a list of numbers above 0", lambda v: v and min(v) > 0)
 Interval = checked(list[float], "two values, 0 < least <= most", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
 Shares = checked(list[float], "two values, 0 < least <= most <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)

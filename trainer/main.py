@@ -71,6 +71,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: Wor
     tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
     start = f"step {step}" if found else job.start
     tracker.info(f"stage {settings.stage}, {job.stage.name}: from {start}, to step {job.steps}")
+    tracker.info(f"{job.images}; settings of {settings.source}")
     for note in job.notes:
         tracker.info(f"note: {note}")
     if order["order"] == "windowed":

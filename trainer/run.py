@@ -1,10 +1,27 @@
-"""Run one stage: `deepspeed trainer/run.py --stage {1,2,3,probe} [--config RECIPE] [--group.name value ...]`."""
+"""The door: `deepspeed trainer/run.py --stage {1,2,3,probe} [--config RECIPE] [--group.name value ...]`."""
 
 import os
 import sys
+import time
 
 # The launcher starts this file by its path; the packages lie beside its folder.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def check_settings() -> None:
+    """Answers a mistake, or --help, before torch and the rest are imported, which takes seconds."""
+    from trainer.config import UserError, parse
+
+    try:
+        parse()
+    except UserError as error:
+        rank, of_rank = os.environ.get("RANK", "0"), ""
+        if rank != "0":
+            time.sleep(5)  # rank 0 has most likely said the same, and the launcher ends the others
+            of_rank = f" (rank {rank})"
+        print(f"error: {' '.join(str(error).split())}{of_rank}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
 
 if __name__ == "__main__":
     if any(arg.split("=")[0] == "--cluster" for arg in sys.argv):
@@ -12,6 +29,7 @@ if __name__ == "__main__":
         from jobs.submit import main as submit
 
         sys.exit(submit())
+    check_settings()
     from trainer.main import main
     from trainer.ranks.world import end
 

@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image_size": (("--data.image_size", "36"), ("data.image_size", "36", "patch size 8")),
     "image_size_zero": (("--data.image_size", "0"), ("data.image_size 0", "at least 1")),
     "scale": (("--data.scale", "[0.5, 2]"), ("data.scale", "<= 1")),
-    "hflip": (("--data.hflip", "2"), ("data.hflip", "0..1")),
+    "hflip": (("--data.hflip", "2"), ("data.hflip", "at most 1")),
     "mean": (("--data.mean", "[0.5]"), ("data.mean", "three values")),
     # settings
     "unknown_setting": (("--train.lrr", "1"), ("--train.lrr", "did you mean train.lr")),
@@ -152,16 +152,16 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "recipe_stages_list": (("--config", "{bad}/stages_list.yaml"), ("stages", "mapping")),
     "recipe_stage_number": (("--config", "{bad}/stage_number.yaml"), ("stages.2", "mapping")),
     "recipe_section_number": (("--config", "{bad}/section_number.yaml"), ("train 3", "mapping")),
-    "recipe_kind": (("--config", "{bad}/kind.yaml"), ("train.lr fast", "float")),
-    "recipe_truth": (("--config", "{bad}/truth.yaml"), ("train.batch_size True", "int")),
-    "truth_value": (("--train.bf16", "maybe"), ("train.bf16 maybe", "bool")),
-    "number_for_text": (("--train.steps", "many"), ("train.steps many", "int")),
-    "fraction_for_number": (("--train.batch_size", "1.5"), ("train.batch_size 1.5", "int")),
+    "recipe_kind": (("--config", "{bad}/kind.yaml"), ("train.lr fast", "a number above 0")),
+    "recipe_truth": (("--config", "{bad}/truth.yaml"), ("train.batch_size True", "a whole number")),
+    "truth_value": (("--train.bf16", "maybe"), ("train.bf16 maybe", "true or false")),
+    "number_for_text": (("--train.steps", "many"), ("train.steps many", "a whole number")),
+    "fraction_for_number": (("--train.batch_size", "1.5"), ("train.batch_size 1.5", "a whole number")),
     "choice": (("--stage2.loss", "mae"), ("stage2.loss mae", "mse")),
-    "stage": (("--stage", "9"), ("stage 9", "'1', '2', '3'")),
+    "stage": (("--stage", "9"), ("stage 9", "1, 2, 3")),
     "stage_without_value": (("--stage",), ("--stage", "expected one argument")),
     "lr_negative": (("--train.lr", "-1"), ("train.lr -1", "above 0")),
-    "lr_nan": (("--train.lr", "nan"), ("train.lr nan", "float")),
+    "lr_nan": (("--train.lr", "nan"), ("train.lr nan", "a number above 0")),
     "steps_zero": (("--train.steps", "0"), ("train.steps 0", "at least 1")),
     "betas": (("--train.betas", "[0.9]"), ("train.betas", "two values")),
     "warmup_negative": (("--train.warmup_steps", "-1"), ("train.warmup_steps -1", "at least 0")),
@@ -267,7 +267,7 @@ def test_fitting_parent_is_accepted(small: Path, bad: Path, tmp_path: Path, caps
 
 
 def test_stage_missing(small: Path, capsys) -> None:
-    assert "--stage 1, 2, 3 or probe" in one_line(capsys, ["--config", str(small / "recipe.yaml")])
+    assert "one of 1, 2, 3, probe" in one_line(capsys, ["--config", str(small / "recipe.yaml")])
 
 
 @pytest.mark.parametrize("run", ["/proc/nope", "{small}/recipe.yaml"])
@@ -388,7 +388,7 @@ def test_no_space_left_for_the_export_or_the_settings(small: Path, disk: Path) -
     settings = parse(["--config", str(small / "recipe.yaml"), "--stage", "2", "--run", str(disk / "run")])
     folder = StageFolder(settings)
     with pytest.raises(UserError, match=r"export: cannot be written .*[Nn]o space left.*make room"):
-        folder.hand_on({"weight": torch.zeros(1_000_000)}, {})
+        folder.write_export({"weight": torch.zeros(1_000_000)}, {})
     assert not folder.complete
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:

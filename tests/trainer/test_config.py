@@ -1,11 +1,16 @@
 """Settings: recipes, the command line, what may change."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from trainer.config import RECIPES, first_difference, parse
+from tests.conftest import ENVIRONMENT, ROOT
+from trainer.config import RECIPES, Settings, UserError, explained, first_difference, names, parse
+from trainer.main import main
+from trainer.output.folder import StageFolder
 
 
 def test_a_recipes_stage_section_is_laid_over_the_rest_and_the_command_line_over_both(tmp_path: Path) -> None:
@@ -28,3 +33,120 @@ def test_shipped_recipes_parse(recipe: str) -> None:
     for stage in "123":
         if (recipe, stage) not in (("digits_teacher", "1"), ("digits_teacher", "2")):  # a stage-3 recipe
             assert Path(parse(["--config", recipe, "--stage", stage]).deepspeed).is_file()
+
+
+def refused(*argv: str) -> str:
+    """What a mistake on the command line is answered with."""
+    with pytest.raises(UserError) as error:
+        parse(list(argv))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_teacher_takes_nothing_from_the_embedded_one(tmp_path: Path) -> None:
+    settings = parse(["--stage", "2", "--teacher.name", "vit_small_patch14_dinov2.lvd142m"])
+    assert (settings.teacher.kwargs, settings.teacher.weights, settings.data.train) == ({}, None, None)
+    with_data = parse(["--stage", "2", "--config", "default", "--teacher.name=vit_small_patch16_224"])
+    assert (with_data.teacher.kwargs, with_data.teacher.weights, with_data.data.train) == ({}, None, "digits")
+    same = parse(["--stage", "2", "--config", "default", "--teacher.name", "vit_tiny_patch16_224"])
+    assert same.teacher.kwargs and same.teacher.weights
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: {name: a, weights: w.pth}\nstages: {3: {teacher: {name: b}}}\n")
+    assert parse(["--stage", "3", "--config", str(recipe)]).teacher.weights is None
+
+
+@pytest.mark.parametrize("recipe", ["dinov2_imagenet", "cifar10", "ade20k", "own"])
+def test_only_the_embedded_recipe_has_embedded_images(recipe: str, capsys: pytest.CaptureFixture) -> None:
+    argv = ["--stage", "2", "--config", recipe, "--teacher.name", "vit_tiny_patch16_224", "--dry_run"]
+    assert main(argv) == 2
+    assert "data.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {lr: 0.5}\ndata: {image_size: 64}\ntrain: {steps: 7}\n", "line 3: train stands twice"),
+        ("train:\n  lr: 0.5\n  steps: 3\n  lr: 0.25\n", "line 4: lr stands twice"),
+        ("stages:\n  2: {train: {lr: 0.5}}\n  '2': {train: {steps: 3}}\n", "line 3: 2 stands twice"),
+        ("teacher: {kwargs: {depth: 2, 'depth': 3}}\n", "depth stands twice"),
+        ("a: &x {lr: 1}\n? [1]\n: 2\n", "not YAML"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    assert said in refused("--stage", "2", "--config", str(recipe))
+
+
+def test_every_path_begins_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("deepspeed: ~/zero.json\nteacher: {weights: ~/w.pth}\n")
+    argv = [
+        "--stage",
+        "3",
+        "--config",
+        "~/r.yaml",
+        "--run",
+        "~/run",
+        "--data.train",
+        "~/t.beton",
+        "--data.val=~/v.beton",
+    ]
+    argv += ["--student.parent", "~/export", "--segmentation.beside", "~/other", "--probe.test", "snow=~/snow.beton"]
+    settings = parse(argv)
+    home = str(tmp_path)
+    found = [settings.deepspeed, settings.teacher.weights, settings.run, settings.data.train, settings.data.val]
+    found += [settings.student.parent, settings.segmentation.beside, settings.probe.test[0].partition("=")[2]]
+    assert all(path.startswith(f"{home}/") for path in found), found
+
+
+def test_none_means_without() -> None:
+    for word in ("none", "None", "null"):
+        settings = parse(["--stage", "3", "--data.val", word, "--teacher.weights", word, "--segmentation.beside", word])
+        assert (settings.data.val, settings.teacher.weights, settings.segmentation.beside) == (None, None, None)
+    assert parse(["--stage", "3", "--student.parent", "none"]).student.parent == "none"
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("train.learning_rate", "train.lr"), ("lr", "train.lr"), ("batch_size", "train.batch_size"),
+        ("train.batchsize", "train.batch_size"), ("teacher.model", "teacher"), ("data.workerz", "data.workers"),
+        ("train.gradient_checkpointing", "train.grad_checkpointing"), ("stage3.mix_up", "stage3.mixup"),
+    ],
+)  # fmt: skip
+def test_a_hint_names_the_setting_that_was_meant(asked: str, meant: str) -> None:
+    assert f"did you mean {meant}" in refused("--stage", "2", f"--{asked}", "1")
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path: Path) -> None:
+    run = tmp_path / "own"
+    begun = parse(
+        ["--stage", "1", "--config", "cifar10", "--run", str(run), "--data.train", "t.beton", "--train.lr", "9"]
+    )
+    begun.teacher.weights = "w.pth"
+    StageFolder(begun).claim(begun, rank=0)
+    later = parse(["--stage", "3", "--run", str(run)])
+    assert (later.data.train, later.teacher.weights) == ("t.beton", "w.pth")
+    assert later.teacher.kwargs == begun.teacher.kwargs
+    assert later.train.lr == parse(["--stage", "3", "--config", "cifar10"]).train.lr  # the stage's own
+    (run / "stage1/checkpoints/step-00000001").mkdir(parents=True)
+    assert parse(["--stage", "1", "--run", str(run)]).train.lr == 9
+    assert parse(["--stage", "1", "--run", str(run), "--train.lr", "8"]).train.lr == 8
+    assert parse(["--stage", "1", "--run", str(run), "--config", "default"]).data.train == "digits"
+
+
+def test_every_setting_is_explained_in_one_sentence() -> None:
+    told = dict(explained(Settings))
+    assert told.keys() == dict(names(Settings)).keys()
+    for name, text in told.items():
+        assert text.endswith(".") and "\n" not in text, f"{name}: {text!r}"
+
+
+def test_help_and_mistakes_import_nothing_heavy() -> None:
+    for argv, status in ((["--help"], 0), (["--stage", "1", "--train.lrr", "1"], 2), (["--stage", "7"], 2)):
+        code = f"import sys, runpy; sys.argv = ['trainer/run.py', *{argv}]\n"
+        code += "try: runpy.run_path('trainer/run.py', run_name='__main__')\n"
+        code += "finally: print('heavy:', *{'torch', 'timm', 'ffcv'} & {*sys.modules})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == status and "heavy:\n" in done.stdout, done.stdout + done.stderr

@@ -1,8 +1,11 @@
 """Settings of the probes."""
 
+import os.path
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator
 
 from trainer.fields import Count, CountOrZero, Factors, OpenFraction, Positive, checked
 
@@ -12,7 +15,12 @@ def non_empty(kind: Any) -> Any:
     return checked(list[kind], "a list of at least one", len)
 
 
-TestSets = checked(list[str], "NAME=FILE ...", lambda v: all(re.fullmatch(r"[\w.+-]+=.+", pair) for pair in v))
+def _at_home(pairs: list[str]) -> list[str]:
+    return [f"{name}={os.path.expanduser(path)}" for name, _, path in (pair.partition("=") for pair in pairs)]
+
+
+_Pairs = checked(list[str], "NAME=FILE ...", lambda v: all(re.fullmatch(r"[\w.+-]+=.+", pair) for pair in v))
+TestSets = Annotated[_Pairs, AfterValidator(_at_home)]
 
 
 @dataclass

@@ -27,6 +27,7 @@ class Job:
     steps_per_epoch: int
     steps: int
     sizes: list[resolution.Phase]  # of the training images
+    images: str = ""  # how images reach the model, and how a batch is split, in words
     notes: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
 
 
@@ -59,11 +60,11 @@ def build(settings: Settings, me: World) -> Job:
     kind, infos = stage_of(settings), inspect_data(settings)
     accumulate = accumulation(settings, me.size)
     kind.check(settings, infos, settings.train.batch_size // me.size // accumulate)
+    teacher = build_teacher(settings)
+    models.check_linearizable(teacher)
     if kind.needs_teacher and not is_trained(settings):
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
                         "give its file with --teacher.weights FILE")  # fmt: skip
-    teacher = build_teacher(settings)
-    models.check_linearizable(teacher)
     given = input_of(settings, teacher)
     student, start, lineage = build_student(settings, teacher, given["image_size"], kind.previous)
     num_classes = kind.head_classes(settings, infos, student)
@@ -96,8 +97,20 @@ def build(settings: Settings, me: World) -> Job:
         for vit in (teacher, student):
             models.take_any_size(vit)
     job = Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps, sizes)
+    job.images = _in_words(settings, models.backbone_of(stage.student), given, me.size, accumulate)
     job.notes += [*stage.notes(), *_notes(settings, steps)]
     return job
+
+
+def _in_words(settings: Settings, vit: models.ViT, given: dict[str, Any], ranks: int, accumulate: int) -> str:
+    size = " x ".join(map(str, resolution.pair(given["image_size"])))
+    tokens, prefix = vit.patch_embed.num_patches + vit.num_prefix_tokens, vit.num_prefix_tokens
+    mean, std = (" ".join(f"{value:g}" for value in given[key]) for key in ("mean", "std"))
+    batch, of_ranks = settings.train.batch_size, f"{ranks} rank{'s' if ranks > 1 else ''}"
+    return (
+        f"images of {size} pixels, {tokens} tokens ({prefix} of them prefix), bilinear, mean {mean}, std {std}; "
+        f"batches of {batch}: {of_ranks} x {accumulate} x {batch // ranks // accumulate}"
+    )
 
 
 def _notes(settings: Settings, steps: int) -> list[str]:

@@ -39,6 +39,8 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     lines = [
         f"stage {settings.stage}: {stage.name}",
         f"starts from: {job.start}",
+        f"settings of: {settings.source}",
+        job.images,
         f"trainable parameters: {trained:,}",
         f"frozen parameters: {frozen:,} of the student, {teacher:,} of the teacher",
         f"parameter groups: {len(groups)}",
