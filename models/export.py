@@ -34,7 +34,8 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     Args:
         folder: made if it is not there; an earlier export in it is replaced.
         state: the full state dict, on any device.
-        config: `backbone` {name, kwargs}, `attention` {feature_map, linear_blocks}, `input` {image_size, mean, std,
+        config: `backbone` {name, kwargs}, `attention` {operator, kwargs, additions, linear_blocks} (or `feature_map` in
+            place of the first three), `input` {image_size, mean, std,
             crop_pct} and `lineage`, all plain JSON. `load` builds with `timm.create_model(name, **kwargs)`, so
             `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. A `Segmenter`
             has `segmentation` {head, num_classes, kwargs} too, for `build_head`. To it `save` adds `digest`, by which
@@ -85,7 +86,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 # "lineage" is the trainer's, which checks it.
 _KINDS = {
-    "backbone.name": str, "backbone.kwargs": dict, "attention.feature_map": str, "attention.linear_blocks": list,
+    "backbone.name": str, "backbone.kwargs": dict, "attention.linear_blocks": list,
     "segmentation.head": str, "segmentation.num_classes": int, "segmentation.kwargs": dict,
 }  # fmt: skip
 
@@ -135,10 +136,33 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
         blocks = set(range(len(model.blocks)))
         if linear - blocks:
             raise KeyError(f"linear_blocks {sorted(linear - blocks)}")
-        model = linearize(model, attention["feature_map"], blocks - linear)
+        model = linearize(model, keep_softmax=blocks - linear, **_operator(attention))
     if (of := config.get("segmentation")) is None:
         return model
     return Segmenter(model, build_head(of["head"], model.embed_dim, of["num_classes"], **of["kwargs"]))
+
+
+def _operator(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """What `linearize` calls the operator of a config. Raises KeyError unless it is names and plain small numbers."""
+    if "operator" not in attention:
+        return {"operator": _known("feature_map", attention.get("feature_map"), str)}
+    kwargs = _known("kwargs", attention.get("kwargs", {}), dict)
+    for name, value in kwargs.items():
+        small = isinstance(value, int | float) and abs(value) <= MAX_SIZE  # a NaN is not
+        if not small and not isinstance(value, str):
+            raise KeyError(f"attention.kwargs: {name} {value!r}"[:100])
+    additions = _known("additions", attention.get("additions", []), list)
+    return {
+        "operator": _known("operator", attention["operator"], str),
+        "operator_kwargs": kwargs,
+        "additions": [_known("additions", name, str) for name in additions],
+    }
+
+
+def _known(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise KeyError(f"attention.{name} {value!r}"[:100])
+    return value
 
 
 def _check_backbone(backbone: Mapping[str, Any]) -> None:

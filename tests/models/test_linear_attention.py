@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
+from models.feature_maps import build_feature_map
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import FEATURE_MAPS, linear_attention, linearize
-from models.feature_maps import build_feature_map
 
 # phi written anew for each feature map: a new map is one more line here.
 FORMULAS = {
