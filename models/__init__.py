@@ -4,7 +4,15 @@ from .backbones import architecture, build_backbone, check_image_size, fingerpri
 from .export import load, read_config, save
 from .heads import HEADS, IGNORE, Head, build_head
 from .linear_attention import LinearAttention
-from .linearize import ViT, check_linearizable, linear_blocks, linearize, note_image_size, rotary_embeddings
+from .linearize import (
+    ViT,
+    borrowed_attention,
+    check_linearizable,
+    linear_blocks,
+    linearize,
+    note_image_size,
+    rotary_embeddings,
+)
 from .operators import ADDITIONS, OPERATORS, linear_attention
 from .segmenter import Segmenter, backbone_of
 from .taps import BLOCK_MODULES, tap_names, taps
@@ -21,6 +29,7 @@ __all__ = [
     "ViT",
     "architecture",
     "backbone_of",
+    "borrowed_attention",
     "build_backbone",
     "build_head",
     "check_image_size",

@@ -73,7 +73,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged, or not the config of an export ({error})") from error
     if version != FORMAT:
         raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}")
-    for name, kind in _KINDS.items():
+    attention = config.get("attention")
+    new = isinstance(attention, dict) and "operator" in attention
+    for name, kind in {**_KINDS, **(_OPERATOR if new else _FEATURE_MAP)}.items():
         part: Any = config
         for key in name.split("."):
             part = part.get(key) if isinstance(part, dict) else None
@@ -89,6 +91,8 @@ _KINDS = {
     "backbone.name": str, "backbone.kwargs": dict, "attention.linear_blocks": list,
     "segmentation.head": str, "segmentation.num_classes": int, "segmentation.kwargs": dict,
 }  # fmt: skip
+_OPERATOR = {"attention.operator": str, "attention.kwargs": dict, "attention.additions": list}
+_FEATURE_MAP = {"attention.feature_map": str}  # what exports said while operators were feature maps alone
 
 
 def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) -> nn.Module:
@@ -143,26 +147,18 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _operator(attention: Mapping[str, Any]) -> dict[str, Any]:
-    """What `linearize` calls the operator of a config. Raises KeyError unless it is names and plain small numbers."""
+    """What `linearize` calls the operator of a config. Raises KeyError unless its keywords are words and numbers."""
     if "operator" not in attention:
-        return {"operator": _known("feature_map", attention.get("feature_map"), str)}
-    kwargs = _known("kwargs", attention.get("kwargs", {}), dict)
-    for name, value in kwargs.items():
+        return {"operator": attention["feature_map"]}
+    for name, value in attention["kwargs"].items():
         small = isinstance(value, int | float) and abs(value) <= MAX_SIZE  # a NaN is not
         if not small and not isinstance(value, str):
             raise KeyError(f"attention.kwargs: {name} {value!r}"[:100])
-    additions = _known("additions", attention.get("additions", []), list)
     return {
-        "operator": _known("operator", attention["operator"], str),
-        "operator_kwargs": kwargs,
-        "additions": [_known("additions", name, str) for name in additions],
+        "operator": attention["operator"],
+        "operator_kwargs": attention["kwargs"],
+        "additions": attention["additions"],
     }
-
-
-def _known(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise KeyError(f"attention.{name} {value!r}"[:100])
-    return value
 
 
 def _check_backbone(backbone: Mapping[str, Any]) -> None:

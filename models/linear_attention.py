@@ -74,6 +74,7 @@ class LinearAttention(nn.Module):
             setattr(self, f"on_{site}", here.to(weight.device, weight.dtype))
         self.needs_grid = self.operator.needs_grid or any(part.needs_grid for part in built.values())
         self.grid: PatchGrid | None = None
+        self.built_grid = (0, 0)
         self.train(attn.training)
 
     def forward(
@@ -111,9 +112,13 @@ class LinearAttention(nn.Module):
 
     def patch_grid(self, tokens: int) -> tuple[int, int]:
         """Rows and columns of patches among `tokens`; (0, 0) where nothing here asks for them."""
-        if torch.jit.is_scripting() or self.grid is None:
-            return 0, 0
-        return self.grid.of(tokens - self.num_prefix_tokens)
+        if torch.jit.is_scripting():
+            return self.built_grid
+        return self.grid.of(tokens - self.num_prefix_tokens) if self.grid is not None else (0, 0)
+
+    def look_at(self, grid: PatchGrid) -> None:
+        """Take rows and columns from `grid`; TorchScript takes those of its ViT, as it is built now."""
+        self.grid, self.built_grid = grid, tuple(grid.patch_embed.grid_size or (0, 0))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> q [B, H, N, K], k and v [B, key-value heads, N, K]."""
@@ -133,7 +138,8 @@ class LinearAttention(nn.Module):
     def rotated(self, x_BHNK: Tensor, rope: Tensor) -> Tensor:
         """Queries or keys with the patches' rotary positions."""
         prefix, patches = x_BHNK[:, :, : self.num_prefix_tokens], x_BHNK[:, :, self.num_prefix_tokens :]
-        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2)
+        turned = apply_rot_embed_cat(patches, rope, half=self.rotate_half)
+        return torch.cat([prefix, turned.to(prefix.dtype)], dim=2)
 
     @torch.jit.ignore
     def qkv_parameters(self) -> Iterator[nn.Parameter]:

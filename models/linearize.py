@@ -1,7 +1,8 @@
 """Softmax ViT -> linear ViT, block by block, every weight copied."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from timm.layers import Attention, AttentionRope
@@ -60,7 +61,7 @@ def linearize(
     if ask:
         grid = PatchGrid(student.patch_embed)
         for attn in ask:
-            attn.grid = grid
+            attn.look_at(grid)
     return student
 
 
@@ -82,6 +83,22 @@ def check_linearizable(vit: nn.Module) -> None:
 def linear_blocks(vit: nn.Module) -> list[int]:
     """Indices of the blocks of `vit` that attend linearly."""
     return [i for i, block in enumerate(vit.blocks) if isinstance(block.attn, LinearAttention)]
+
+
+@contextmanager
+def borrowed_attention(vit: nn.Module, lender: nn.Module, blocks: Collection[int]) -> Iterator[None]:
+    """Within the context, `blocks` of `vit` attend as those of `lender` do, by the very same modules.
+
+    With a teacher for lender, what a linear block costs; with a student for lender, what one alone would.
+    """
+    own = {i: vit.blocks[i].attn for i in blocks}
+    try:
+        for i in own:
+            vit.blocks[i].attn = lender.blocks[i].attn
+        yield
+    finally:
+        for i, attn in own.items():
+            vit.blocks[i].attn = attn
 
 
 def note_image_size(vit: nn.Module, image_size: tuple[int, int]) -> None:

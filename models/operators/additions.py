@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from .core import Shape, wide
 from .rala import constant_linear
 
+torch.fx.wrap("wide")  # a leaf of a graph, because it looks at a dtype
+
 
 class Temperature(nn.Module):
     """A learned temperature for each head: q k^T is multiplied by exp(t), q and k each by exp(t / 2). Starts as 1."""

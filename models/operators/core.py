@@ -57,13 +57,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _quotient(q_BHNF: Tensor, k_BHNF: Tensor, v_BHNK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quotient(
+    q_BHNF: Tensor, k_BHNF: Tensor, v_BHNK: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [B, H, N, K] in the dtype of v; in fp32 normaliser [B, H, N, 1], state [B, H, F, K], its sum [B, H, F]."""
     q, k, v = wide(q_BHNF), wide(k_BHNF), wide(v_BHNK)
     state_BHFK = k.transpose(-2, -1) @ v
     total_BHF = k.sum(dim=-2)
     norm_BHN1 = q @ total_BHF.unsqueeze(-1)
-    out = ((q @ state_BHFK) / norm_BHN1.clamp_min(EPS)).to(v_BHNK.dtype)
+    out = ((q @ state_BHFK) / norm_BHN1.clamp_min(eps)).to(v_BHNK.dtype)
     return out, norm_BHN1, state_BHFK, total_BHF
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .core import Operator, Shape, wide
 
-TINY = 1e-30  # beside 0 / 0 of a row whose every feature is zero
+TINY = 1e-30  # keeps a row whose every feature is zero from 0 / 0
 
 
 def elu1(x: Tensor) -> Tensor:
@@ -30,15 +30,15 @@ class ReLU(Operator):
         return torch.relu(wide(q)), torch.relu(wide(k))
 
 
-def unit(x: Tensor) -> Tensor:
+def unit(x: Tensor, tiny: float = TINY) -> Tensor:
     """Rows divided by their maximum. Only what no factor of a row changes may be made of it: the maximum is held."""
-    return x / x.amax(-1, keepdim=True).detach().clamp_min(TINY)
+    return x / x.amax(-1, keepdim=True).detach().clamp_min(tiny)
 
 
-def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
+def with_norm_of(x: Tensor, y: Tensor, tiny: float = TINY) -> Tensor:
     """Rows of `x`, each scaled to the Euclidean norm of that of `y`."""
     norms = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return x * (norms / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY))
+    return x * (norms / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny))
 
 
 class Focused(Operator):

@@ -1,9 +1,12 @@
 """Operators between the weighted mean of the values and their plain mean, by how large the normaliser is."""
 
+import torch
 from torch import Tensor
 
 from .core import Operator, wide
 from .feature_maps import elu1
+
+torch.fx.wrap("wide")  # a leaf of a graph, because it looks at a dtype
 
 
 class Magnitude(Operator):

@@ -53,7 +53,16 @@ def mixed_attention(
         return _mixed(q, k, v, mixture, prefix, grid, cells)
 
 
-def _mixed(q: Tensor, k: Tensor, v: Tensor, mixture: Tensor, prefix: int, grid: tuple[int, int], cells: int) -> Tensor:
+def _mixed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixture: Tensor,
+    prefix: int,
+    grid: tuple[int, int],
+    cells: int,
+    eps: float = EPS,
+) -> Tensor:
     f, g = elu1(q), elu1(k)
     ones = torch.ones_like(g[..., :1])
     v1 = torch.cat([wide(v), ones], -1)  # the last column of a state is then its normaliser
@@ -72,7 +81,7 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor, mixture: Tensor, prefix: int, grid: 
     if prefix > 0:
         parts.insert(0, f[:, :, :prefix] @ states[:, :, 0])
     out = torch.cat(parts, 2)
-    return (out[..., :-1] / out[..., -1:].clamp_min(EPS)).to(v.dtype)
+    return (out[..., :-1] / out[..., -1:].clamp_min(eps)).to(v.dtype)
 
 
 def by_cell(x_BHNK: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
