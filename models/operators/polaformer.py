@@ -26,8 +26,7 @@ class PolaFormer(Operator):
     @staticmethod
     def features(q: Tensor, k: Tensor, scale: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
         s, p = F.softplus(wide(scale)), 1 + 4 * wide(power).sigmoid()
-        q, k = wide(q) / s, wide(k) / s
-        return torch.cat([q.relu() ** p, (-q).relu() ** p], -1), torch.cat([k.relu() ** p, (-k).relu() ** p], -1)
+        return signs_apart(wide(q), s, p), signs_apart(wide(k), s, p)
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.features(q, k, self.scale, self.power)
@@ -35,3 +34,9 @@ class PolaFormer(Operator):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         same, opposite = v.chunk(2, dim=-1)
         return torch.cat([self.quotient(q, k, same)[0], self.quotient(-q, k, opposite)[0]], -1)
+
+
+def signs_apart(x: Tensor, scale: Tensor, power: Tensor) -> Tensor:
+    """(relu(x / s)^p, relu(-x / s)^p), which takes one power, not two."""
+    size = (x.abs() / scale) ** power
+    return torch.cat([size * (x > 0), size * (x < 0)], -1)
