@@ -158,4 +158,6 @@ class LinearAttention(nn.Module):
     def alignment_parameters(self) -> Iterator[nn.Parameter]:
         """Those that can be trained toward the softmax attention's output, block by block (stage 1)."""
         yield from self.qkv_parameters()
-        yield from self.new_parameters()
+        yield from self.operator.alignment_parameters()
+        for part in (self.on_queries_keys, self.on_values, self.on_output):
+            yield from part.parameters()

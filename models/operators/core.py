@@ -7,7 +7,7 @@ by name, because torch.fx takes names into a graph and no functions.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -83,27 +83,20 @@ class _Attend(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(features: Callable, q: Tensor, k: Tensor, v: Tensor, *arguments: Tensor | float) -> tuple[Tensor, ...]:
+    def forward(features: Callable, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         with without_autocast(v):
-            return _quotient(*features(q, k, *arguments), v)
+            return _quotient(*features(q, k, *weights), v)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        ctx.features, q, k, v, *arguments = inputs
-        ctx.numbers = {i: x for i, x in enumerate(arguments) if not isinstance(x, Tensor)}
-        ctx.save_for_backward(q, k, v, *output[2:], *(x for x in arguments if isinstance(x, Tensor)))
+        ctx.features, q, k, v, *weights = inputs
+        ctx.save_for_backward(q, k, v, *output[2:], *weights)
 
     @staticmethod
     def backward(ctx, dy: Tensor, dd: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, state_BHFK, total_BHF, *tensors = ctx.saved_tensors
-        numbers, count = ctx.numbers, len(ctx.numbers) + len(tensors)
-
-        def features(q: Tensor, k: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            left = iter(tensors)
-            return ctx.features(q, k, *(numbers[i] if i in numbers else next(left) for i in range(count)))
-
+        q, k, v, state_BHFK, total_BHF, *weights = ctx.saved_tensors
         with without_autocast(v):
-            (f, g), pullback = torch.func.vjp(features, q, k, *tensors)
+            (f, g), pullback = torch.func.vjp(ctx.features, q, k, *weights)
             total_BHF1 = total_BHF.unsqueeze(-1)
             norm = f @ total_BHF1
             floor = norm.clamp_min(EPS)
@@ -115,29 +108,32 @@ class _Attend(torch.autograd.Function):
             dz = dz.unsqueeze(-1) + f.transpose(-2, -1) @ dd
             dg = wide(v) @ dS.transpose(-2, -1) + dz.transpose(-2, -1)
             dv = (g @ dS).to(v.dtype)
-            dq, dk, *d_tensors = pullback((df, dg))
-        left = iter(d_tensors)
-        return None, dq, dk, dv, *(None if i in numbers else next(left) for i in range(count))
+            dq, dk, *d_weights = pullback((df, dg))
+        return None, dq, dk, dv, *d_weights
 
 
 @torch.fx.wrap
 def attend(
-    name: str, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, arguments: list[Tensor | float]
+    name: str, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, weights: list[Tensor], numbers: list[float]
 ) -> tuple[Tensor, Tensor]:
     """`linear_attention` of the features called `name`, and its normaliser.
 
     Args:
         name: of the `Operator` whose `features` are meant.
-        arguments: what `features` takes after q and k.
+        weights: what `features` takes after q and k.
+        numbers: and after these.
 
     Returns:
         [B, H, N, K] in the dtype of `v_BHNK`, and phi(q) sum_n phi(k_n) [B, H, N, 1] in at least fp32.
     """
-    features = FEATURES[name]
+
+    def features(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return FEATURES[name](q, k, *weights, *numbers)
+
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return _Attend.apply(features, q_BHNK, k_BHNK, v_BHNK, *arguments)[:2]
+        return _Attend.apply(features, q_BHNK, k_BHNK, v_BHNK, *weights)[:2]
     with without_autocast(v_BHNK):  # a compiler chooses by itself what it keeps for backward
-        return _quotient(*features(q_BHNK, k_BHNK, *arguments), v_BHNK)[:2]
+        return _quotient(*features(q_BHNK, k_BHNK, *weights), v_BHNK)[:2]
 
 
 FEATURES: dict[str, Callable] = {}
@@ -147,8 +143,7 @@ class Operator(nn.Module):
     """What makes of q, k and v [B, H, N, K] an output [B, H, N, K], in O(N). This one is the quotient of `attend`.
 
     A new operator is a subclass with its own `features`, or its own `forward`, and a line in `OPERATORS`. Everything
-    it does comes through `forward`, so that ZeRO 3 gathers its parameters. All of them are new to the teacher's
-    weights, and stage 1 trains them.
+    it does comes through `forward`, so that ZeRO 3 gathers its parameters.
     """
 
     needs_grid = False
@@ -164,9 +159,14 @@ class Operator(nn.Module):
     def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """phi(q), phi(k) [B, H, N, F] in at least fp32, non-negative, without autocast.
 
-        What it takes after q and k are attributes of the operator: parameters, numbers.
+        What it takes after q and k are attributes of the operator: parameters, and then floats.
         """
         raise NotImplementedError
+
+    @torch.jit.ignore
+    def alignment_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that can be trained toward softmax attention's output, block by block: all, unless it says otherwise."""
+        return self.parameters()
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """`features` with the attributes that it takes; TorchScript wants them written out."""
@@ -178,7 +178,9 @@ class Operator(nn.Module):
             f, g = self.own_features(q, k)
             out, norm, _, _ = _quotient(f, g, v)
             return out, norm
-        return attend(type(self).__name__, q, k, v, [getattr(self, name) for name in self.argument_names])
+        arguments = [getattr(self, name) for name in self.argument_names]
+        numbers = [x for x in arguments if isinstance(x, float)]
+        return attend(type(self).__name__, q, k, v, arguments[: len(arguments) - len(numbers)], numbers)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] each -> [B, H, N, K].

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .core import Operator, Shape, wide
 
-TINY = 1e-30  # keeps a row whose every feature is zero from 0 / 0
+TINY = 1e-30  # in place of zero where one divides or takes the logarithm
 
 
 def elu1(x: Tensor) -> Tensor:
@@ -41,6 +41,11 @@ def with_norm_of(x: Tensor, y: Tensor, tiny: float = TINY) -> Tensor:
     return x * (norms / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny))
 
 
+def log(x: Tensor, tiny: float = TINY) -> Tensor:
+    """Of x >= 0. On a CPU exp(p log x) takes a fraction of the time of x ** p and its derivative."""
+    return x.clamp_min(tiny).log()
+
+
 class Focused(Operator):
     """phi(x) = x'^P |x'| / |x'^P| with x' = elu(x) + 1: the focusing of FLatten, arXiv 2308.00442, equation 5. F = K.
 
@@ -56,7 +61,7 @@ class Focused(Operator):
     @staticmethod
     def features(q: Tensor, k: Tensor, power: float) -> tuple[Tensor, Tensor]:
         q, k = elu1(q), elu1(k)
-        return with_norm_of(unit(q) ** power, q), with_norm_of(unit(k) ** power, k)
+        return with_norm_of((power * log(unit(q))).exp(), q), with_norm_of((power * log(unit(k))).exp(), k)
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.features(q, k, self.power)
@@ -74,7 +79,7 @@ class FocusedLearned(Operator):
     @staticmethod
     def features(q: Tensor, k: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
         q, k, power = elu1(q), elu1(k), wide(power)
-        return with_norm_of(unit(q) ** power, q), with_norm_of(unit(k) ** power, k)
+        return with_norm_of((power * log(unit(q))).exp(), q), with_norm_of((power * log(unit(k))).exp(), k)
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.features(q, k, self.power)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import Operator, Shape, wide
+from .feature_maps import log
 
 
 class PolaFormer(Operator):
@@ -38,5 +39,5 @@ class PolaFormer(Operator):
 
 def signs_apart(x: Tensor, scale: Tensor, power: Tensor) -> Tensor:
     """(relu(x / s)^p, relu(-x / s)^p), which takes one power, not two."""
-    size = (x.abs() / scale) ** power
+    size = (power * log(x.abs() / scale)).exp()
     return torch.cat([size * (x > 0), size * (x < 0)], -1)
