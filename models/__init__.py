@@ -2,24 +2,34 @@
 
 from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights, take_any_size
 from .export import load, read_config, save
-from .feature_maps import FEATURE_MAPS
 from .heads import HEADS, IGNORE, Head, build_head
-from .linear_attention import LinearAttention, linear_attention
-from .linearize import ViT, check_linearizable, linear_blocks, linearize, rotary_embeddings
+from .linear_attention import LinearAttention
+from .linearize import (
+    ViT,
+    borrowed_attention,
+    check_linearizable,
+    linear_blocks,
+    linearize,
+    note_image_size,
+    rotary_embeddings,
+)
+from .operators import ADDITIONS, OPERATORS, linear_attention
 from .segmenter import Segmenter, backbone_of
 from .taps import BLOCK_MODULES, tap_names, taps
 
 __all__ = [
+    "ADDITIONS",
     "BLOCK_MODULES",
-    "FEATURE_MAPS",
     "HEADS",
     "IGNORE",
+    "OPERATORS",
     "Head",
     "LinearAttention",
     "Segmenter",
     "ViT",
     "architecture",
     "backbone_of",
+    "borrowed_attention",
     "build_backbone",
     "build_head",
     "check_image_size",
@@ -29,6 +39,7 @@ __all__ = [
     "linear_blocks",
     "linearize",
     "load",
+    "note_image_size",
     "read_config",
     "read_weights",
     "rotary_embeddings",

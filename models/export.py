@@ -34,7 +34,8 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     Args:
         folder: made if it is not there; an earlier export in it is replaced.
         state: the full state dict, on any device.
-        config: `backbone` {name, kwargs}, `attention` {feature_map, linear_blocks}, `input` {image_size, mean, std,
+        config: `backbone` {name, kwargs}, `attention` {operator, kwargs, additions, linear_blocks} (or `feature_map` in
+            place of the first three), `input` {image_size, mean, std,
             crop_pct} and `lineage`, all plain JSON. `load` builds with `timm.create_model(name, **kwargs)`, so
             `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. A `Segmenter`
             has `segmentation` {head, num_classes, kwargs} too, for `build_head`. To it `save` adds `digest`, by which
@@ -72,7 +73,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged, or not the config of an export ({error})") from error
     if version != FORMAT:
         raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}")
-    for name, kind in _KINDS.items():
+    attention = config.get("attention")
+    new = isinstance(attention, dict) and "operator" in attention
+    for name, kind in {**_KINDS, **(_OPERATOR if new else _FEATURE_MAP)}.items():
         part: Any = config
         for key in name.split("."):
             part = part.get(key) if isinstance(part, dict) else None
@@ -85,9 +88,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 # "lineage" is the trainer's, which checks it.
 _KINDS = {
-    "backbone.name": str, "backbone.kwargs": dict, "attention.feature_map": str, "attention.linear_blocks": list,
+    "backbone.name": str, "backbone.kwargs": dict, "attention.linear_blocks": list,
     "segmentation.head": str, "segmentation.num_classes": int, "segmentation.kwargs": dict,
 }  # fmt: skip
+_OPERATOR = {"attention.operator": str, "attention.kwargs": dict, "attention.additions": list}
+_FEATURE_MAP = {"attention.feature_map": str}  # what exports said while operators were feature maps alone
 
 
 def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) -> nn.Module:
@@ -135,10 +140,25 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
         blocks = set(range(len(model.blocks)))
         if linear - blocks:
             raise KeyError(f"linear_blocks {sorted(linear - blocks)}")
-        model = linearize(model, attention["feature_map"], blocks - linear)
+        model = linearize(model, keep_softmax=blocks - linear, **_operator(attention))
     if (of := config.get("segmentation")) is None:
         return model
     return Segmenter(model, build_head(of["head"], model.embed_dim, of["num_classes"], **of["kwargs"]))
+
+
+def _operator(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """What `linearize` calls the operator of a config. Raises KeyError unless its keywords are words and numbers."""
+    if "operator" not in attention:
+        return {"operator": attention["feature_map"]}
+    for name, value in attention["kwargs"].items():
+        small = isinstance(value, int | float) and abs(value) <= MAX_SIZE  # a NaN is not
+        if not small and not isinstance(value, str):
+            raise KeyError(f"attention.kwargs: {name} {value!r}"[:100])
+    return {
+        "operator": attention["operator"],
+        "operator_kwargs": attention["kwargs"],
+        "additions": attention["additions"],
+    }
 
 
 def _check_backbone(backbone: Mapping[str, Any]) -> None:

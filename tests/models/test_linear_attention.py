@@ -1,4 +1,4 @@
-"""The operator against the quadratic formula, its precision, and its memory."""
+"""The attention module and the quotient that most operators are, its precision, and its memory."""
 
 import pytest
 import timm
@@ -6,44 +6,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import FEATURE_MAPS, linear_attention, linearize
-from models.feature_maps import build_feature_map
-
-# phi written anew for each feature map: a new map is one more line here.
-FORMULAS = {
-    "elu1": lambda x: torch.where(x > 0, x + 1, torch.exp(torch.minimum(x, torch.zeros_like(x)))),
-    "relu": lambda x: x * (x > 0),
-}
-
-
-def quadratic(q, k, v):
-    weights = q @ k.transpose(-2, -1)
-    return (weights / weights.sum(-1, keepdim=True)) @ v
-
-
-def test_every_feature_map_has_a_formula():
-    assert FORMULAS.keys() == FEATURE_MAPS.keys()
+from models import linear_attention, linearize
+from models.operators.feature_maps import elu1
+from tests.models import naive
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("name", FEATURE_MAPS)
-def test_equals_the_quadratic_formula(name, prefix):
-    torch.manual_seed(0)
-    ours = [torch.randn(2, 3, prefix + 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    theirs = [x.detach().clone().requires_grad_() for x in ours]
-    phi, formula = build_feature_map(name, 3, 8), FORMULAS[name]
-    out = linear_attention(phi(ours[0]), phi(ours[1]), ours[2])
-    wanted = quadratic(formula(theirs[0]), formula(theirs[1]), theirs[2])
-    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    wanted.backward(grad)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("name", FEATURE_MAPS)
+@pytest.mark.parametrize("name", ["elu1", "relu", "focused"])
 def test_module_equals_the_quadratic_formula(name, prefix):
     """Through the projections, qk-norm and output norm of a timm block, with every weight's gradient."""
     torch.manual_seed(0)
@@ -51,12 +20,12 @@ def test_module_equals_the_quadratic_formula(name, prefix):
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=0,
         qk_norm=True, scale_attn_norm=True, class_token=prefix > 0, reg_tokens=max(prefix - 1, 0), global_pool="",
     ).double()  # fmt: skip
-    attn, phi = linearize(vit, name).blocks[0].attn, FORMULAS[name]
+    attn = linearize(vit, name).blocks[0].attn
     x = torch.randn(2, vit.num_prefix_tokens + 16, 48, dtype=torch.float64)
 
     def by_hand():
         q, k, v = (t.reshape(2, -1, 3, 16).transpose(1, 2) for t in attn.qkv(x).chunk(3, dim=-1))
-        out = quadratic(phi(attn.q_norm(q)), phi(attn.k_norm(k)), v)
+        out = naive.OPERATORS[name](attn.operator, attn.q_norm(q), attn.k_norm(k), v, x, (4, 4))
         return attn.proj(attn.norm(out.transpose(1, 2).reshape(2, -1, 48)))
 
     out, wanted = attn(x), by_hand()
@@ -92,15 +61,14 @@ def test_bf16_inputs_accumulate_in_fp32():
 
 def test_elu1_keeps_small_values_in_bf16():
     x = torch.linspace(-8, 3, 200).bfloat16()
-    wanted = FORMULAS["elu1"](x.double())
-    torch.testing.assert_close(build_feature_map("elu1", 1, 1)(x).double(), wanted, rtol=1e-3, atol=0)
+    wanted = naive.elu1(x.double())
+    torch.testing.assert_close(elu1(x).double(), wanted, rtol=1e-3, atol=0)
     assert not torch.allclose((F.elu(x) + 1).double(), wanted, rtol=0.5, atol=0)  # what bf16 would give
 
 
 def test_a_token_without_features_gives_zero_and_finite_gradients():
     q, k, v = (torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3))
-    phi = build_feature_map("relu", 1, 8)
-    out = linear_attention(phi(-q.abs()), phi(k), v)
+    out = linear_attention(torch.relu(-q.abs()), torch.relu(k), v)
     out.sum().backward()
     assert (out == 0).all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
@@ -118,21 +86,20 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def largest_tensor(attend, tokens):
-    q, k, v = (torch.rand(1, 1, tokens, 4, requires_grad=True) for _ in range(3))
-    with LargestTensor() as seen:
-        attend(q, k, v).sum().backward()
-    return seen.numel
-
-
-@pytest.mark.parametrize("name", FEATURE_MAPS)
-def test_never_makes_an_n_by_n_tensor(name):
-    phi = build_feature_map(name, 1, 4)
-    linear = [largest_tensor(lambda q, k, v: linear_attention(phi(q), phi(k), v), n) for n in (256, 1024, 4096)]
-    assert linear == [256 * 4, 1024 * 4, 4096 * 4]
-    # The same measure finds it in the formula and in softmax.
-    for explicit in (quadratic, lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v):
-        assert [largest_tensor(explicit, n) for n in (256, 1024)] == [256**2, 1024**2]
+def test_the_measure_finds_an_n_by_n_tensor():
+    largest = {}
+    for name, attend in {
+        "linear": linear_attention,
+        "formula": lambda q, k, v: naive.mean_of(q @ k.mT, v),
+        "softmax": lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v,
+    }.items():
+        largest[name] = []
+        for tokens in (256, 1024):
+            q, k, v = (torch.rand(1, 1, tokens, 4, requires_grad=True) for _ in range(3))
+            with LargestTensor() as seen:
+                attend(q, k, v).sum().backward()
+            largest[name].append(seen.numel)
+    assert largest == {"linear": [256 * 4, 1024 * 4], "formula": [256**2, 1024**2], "softmax": [256**2, 1024**2]}
 
 
 def test_memory_of_a_whole_model_grows_linearly():
@@ -159,15 +126,3 @@ def test_a_mask_is_refused():
     vit = linearize(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3))
     with pytest.raises(ValueError, match="no mask"):
         vit(torch.rand(1, 3, 32, 32), is_causal=True)
-
-
-def test_a_block_compiles_without_a_graph_break():
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
-    block = linearize(vit).blocks[0]
-    x = torch.randn(2, 17, 48)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    out = compiled(x)
-    torch.testing.assert_close(out, block(x))
-    out.sum().backward()
-    assert block.attn.qkv.weight.grad.isfinite().all()

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch.nn import functional as F
 
-from models import FEATURE_MAPS, LinearAttention, fingerprint, linear_blocks, linearize
+from models import OPERATORS, LinearAttention, borrowed_attention, fingerprint, linear_blocks, linearize
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 SHAPES = {
@@ -101,9 +101,9 @@ def test_the_timm_interface_works(shape):
     assert vit.head.out_features == 5
 
 
-@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_gradients_reach_q_k_and_v(feature_map):
-    student = linearize(build(), feature_map)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_reach_q_k_and_v(operator):
+    student = linearize(build(), operator)
     student(images()).square().sum().backward()
     for block in student.blocks:
         q, k, v = block.attn.qkv.weight.grad.chunk(3)
@@ -119,6 +119,20 @@ def test_some_blocks_keep_softmax(keep, linear):
     x = torch.randn(2, 17, 48)
     for i in range(3):
         assert torch.equal(student.blocks[i](x), vit.blocks[i](x)) == (i not in linear)
+
+
+@torch.no_grad()
+def test_a_block_that_attends_as_another_models():
+    vit = build(depth=3)
+    student, x = linearize(vit), images()
+    before, first = student(x), linearize(vit, keep_softmax=[1, 2])(x)
+    with borrowed_attention(student, vit, [1]):
+        assert linear_blocks(student) == [0, 2]
+        assert torch.equal(student(x), linearize(vit, keep_softmax=[1])(x))
+    with pytest.raises(RuntimeError), borrowed_attention(vit, student, [0]):
+        assert torch.equal(vit(x), first)
+        raise RuntimeError
+    assert linear_blocks(vit) == [] and torch.equal(student(x), before)
 
 
 def test_frozen_and_training_stay_as_they_were():

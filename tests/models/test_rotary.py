@@ -1,14 +1,12 @@
 """timm's Eva (EVA-02, DINOv3, PE, ...): conversion of models with rotary positions, at tiny sizes."""
 
-import importlib
-
 import pytest
 import timm
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from models import fingerprint, linear_blocks, linearize, load, rotary_embeddings, save, take_any_size, taps
+from models import OPERATORS, fingerprint, linear_blocks, linearize, load, rotary_embeddings, save, take_any_size, taps
+from models.operators import Operator
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 # timm's own architectures, and what of them is made smaller.
@@ -46,21 +44,21 @@ def images(*size):
     return torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def softmax_kernel(monkeypatch):
-    """Softmax in place of the linear operator and of its feature map."""
-    module = importlib.import_module("models.linear_attention")
-    monkeypatch.setattr(module, "linear_attention", F.scaled_dot_product_attention)
-    monkeypatch.setattr(module, "build_feature_map", lambda *_: nn.Identity())
+class Softmax(Operator):
+    """In place of a linear operator."""
+
+    def forward(self, q, k, v, x, grid):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 @pytest.mark.parametrize("name", EVAS)
 @torch.no_grad()
-def test_with_softmax_for_its_kernel_it_is_timms(name, softmax_kernel):
+def test_with_softmax_for_its_operator_it_is_timms(name, monkeypatch):
     """Projections, biases, norms, gate, grouping, and the rotation, at the model's size and at others."""
+    monkeypatch.setitem(OPERATORS, "softmax", Softmax)
     for kwargs in ({}, {"dynamic_img_size": True}):
         vit = build(name, **kwargs)
-        student = linearize(vit)
+        student = linearize(vit, "softmax")
         assert linear_blocks(student) == [0, 1]
         torch.testing.assert_close(student(images(32, 32)), vit(images(32, 32)), rtol=1e-10, atol=1e-10)
         if kwargs:

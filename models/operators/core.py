@@ -1,0 +1,192 @@
+"""What every operator is made of: phi(q) (phi(k)^T v) / (phi(q) sum_n phi(k_n)), arXiv 2006.16236, equation 5.
+
+Shapes: B images, N tokens, H heads, K head dimension, F feature dimension.
+
+`attend` is the one place where q, k and v meet, so an implementation for a device goes there. It knows a feature map
+by name, because torch.fx takes names into a graph and no functions.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-6  # floor of the normaliser; reached only by maps such as relu that can give a token no feature at all
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an operator or an addition is built for."""
+
+    width: int  # D
+    num_heads: int  # H
+    head_dim: int  # K
+    num_prefix_tokens: int = 0  # which stand before the patches and have no place in their grid
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in at least fp32."""
+    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+        return x.float()
+    return x
+
+
+def linear_attention(q_BHNF: Tensor, k_BHNF: Tensor, v_BHNK: Tensor) -> Tensor:
+    """Non-causal linear attention in O(N F K): phi(q) (phi(k)^T v) / (phi(q) sum_n phi(k_n)).
+
+    The F x K state and the normaliser accumulate in at least fp32; no N x N tensor is made.
+
+    Args:
+        q_BHNF: phi(q), non-negative, [B, H, N, F].
+        k_BHNF: phi(k), non-negative, [B, H, N, F].
+        v_BHNK: values, [B, H, N, K].
+
+    Returns:
+        [B, H, N, K] in the dtype of `v_BHNK`. Equation 5 of arXiv 2006.16236.
+    """
+    with without_autocast(v_BHNK):
+        return _quotient(q_BHNF, k_BHNF, v_BHNK)[0]
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast would take matrix products back to bf16. The meta device, where FLOPs are counted, has none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _quotient(
+    q_BHNF: Tensor, k_BHNF: Tensor, v_BHNK: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, H, N, K] in the dtype of v; in fp32 normaliser [B, H, N, 1], state [B, H, F, K], its sum [B, H, F]."""
+    q, k, v = wide(q_BHNF), wide(k_BHNF), wide(v_BHNK)
+    state_BHFK = k.transpose(-2, -1) @ v
+    total_BHF = k.sum(dim=-2)
+    norm_BHN1 = q @ total_BHF.unsqueeze(-1)
+    out = ((q @ state_BHFK) / norm_BHN1.clamp_min(eps)).to(v_BHNK.dtype)
+    return out, norm_BHN1, state_BHFK, total_BHF
+
+
+class _Attend(torch.autograd.Function):
+    """`_quotient` of the features of q and k. Backward keeps q, k, v and the state, and makes the features again.
+
+    With features f = phi(q), g = phi(k), state S = g^T v, sum z = g^T 1, normaliser d = f z, output y = f S / d, and
+    the gradient dy, each token's u = dy / d gives
+
+        df = u S^T - (f . u S^T / d) z,  dS = f^T u,  dz = -f^T (f . u S^T / d),  dg = v dS^T + dz,  dv = g dS.
+
+    S, z and d are outputs too, with gradients of their own, which makes second derivatives right.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Callable, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        with without_autocast(v):
+            return _quotient(*features(q, k, *weights), v)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.features, q, k, v, *weights = inputs
+        ctx.save_for_backward(q, k, v, *output[2:], *weights)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dd: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, state_BHFK, total_BHF, *weights = ctx.saved_tensors
+        with without_autocast(v):
+            (f, g), pullback = torch.func.vjp(ctx.features, q, k, *weights)
+            total_BHF1 = total_BHF.unsqueeze(-1)
+            norm = f @ total_BHF1
+            floor = norm.clamp_min(EPS)
+            u = wide(dy) / floor
+            df = u @ state_BHFK.transpose(-2, -1)
+            dd = dd - (f * df).sum(-1, keepdim=True) / floor * (norm >= EPS)
+            df = df + dd * total_BHF1.transpose(-2, -1)
+            dS = dS + f.transpose(-2, -1) @ u
+            dz = dz.unsqueeze(-1) + f.transpose(-2, -1) @ dd
+            dg = wide(v) @ dS.transpose(-2, -1) + dz.transpose(-2, -1)
+            dv = (g @ dS).to(v.dtype)
+            dq, dk, *d_weights = pullback((df, dg))
+        return None, dq, dk, dv, *d_weights
+
+
+@torch.fx.wrap
+def attend(
+    name: str, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, weights: list[Tensor], numbers: list[float]
+) -> tuple[Tensor, Tensor]:
+    """`linear_attention` of the features called `name`, and its normaliser.
+
+    Args:
+        name: of the `Operator` whose `features` are meant.
+        weights: what `features` takes after q and k.
+        numbers: and after these.
+
+    Returns:
+        [B, H, N, K] in the dtype of `v_BHNK`, and phi(q) sum_n phi(k_n) [B, H, N, 1] in at least fp32.
+    """
+
+    def features(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return FEATURES[name](q, k, *weights, *numbers)
+
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _Attend.apply(features, q_BHNK, k_BHNK, v_BHNK, *weights)[:2]
+    with without_autocast(v_BHNK):  # a compiler chooses by itself what it keeps for backward
+        return _quotient(*features(q_BHNK, k_BHNK, *weights), v_BHNK)[:2]
+
+
+FEATURES: dict[str, Callable] = {}
+
+
+class Operator(nn.Module):
+    """What makes of q, k and v [B, H, N, K] an output [B, H, N, K], in O(N). This one is the quotient of `attend`.
+
+    A new operator is a subclass with its own `features`, or its own `forward`, and a line in `OPERATORS`. Everything
+    it does comes through `forward`, so that ZeRO 3 gathers its parameters.
+    """
+
+    needs_grid = False
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+
+    def __init_subclass__(cls) -> None:
+        FEATURES[cls.__name__] = cls.features
+        cls.argument_names = tuple(inspect.signature(cls.features).parameters)[2:]
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """phi(q), phi(k) [B, H, N, F] in at least fp32, non-negative, without autocast.
+
+        What it takes after q and k are attributes of the operator: parameters, and then floats.
+        """
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def alignment_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that can be trained toward softmax attention's output, block by block: all, unless it says otherwise."""
+        return self.parameters()
+
+    def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` with the attributes that it takes; TorchScript wants them written out."""
+        return self.features(q, k)
+
+    def quotient(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `attend`."""
+        if torch.jit.is_scripting():
+            f, g = self.own_features(q, k)
+            out, norm, _, _ = _quotient(f, g, v)
+            return out, norm
+        arguments = [getattr(self, name) for name in self.argument_names]
+        numbers = [x for x in arguments if isinstance(x, float)]
+        return attend(type(self).__name__, q, k, v, arguments[: len(arguments) - len(numbers)], numbers)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, H, N, K] each -> [B, H, N, K].
+
+        Args:
+            x: the tokens that attention reads, [B, N, D].
+            grid: rows and columns of patches; (0, 0) where not `needs_grid`.
+        """
+        return self.quotient(q, k, v)[0]

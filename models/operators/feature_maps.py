@@ -1,0 +1,126 @@
+"""Operators that are a feature map alone: softmax(q k^T) is replaced by phi(q) phi(k)^T."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .core import Operator, Shape, wide
+
+TINY = 1e-30  # in place of zero where one divides or takes the logarithm
+
+
+def elu1(x: Tensor) -> Tensor:
+    """elu(x) + 1. In bf16 the sum would keep two digits of exp(-2) and nothing of exp(-7), so it is taken in fp32."""
+    return F.elu(wide(x)) + 1
+
+
+class Elu1(Operator):
+    """phi(x) = elu(x) + 1, from "Transformers are RNNs", arXiv 2006.16236, equation 7. F = K, always positive."""
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return elu1(q), elu1(k)
+
+
+class ReLU(Operator):
+    """phi(x) = max(x, 0), as in EfficientViT, arXiv 2205.14756. F = K; a token may have no positive feature at all."""
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.relu(wide(q)), torch.relu(wide(k))
+
+
+def unit(x: Tensor, tiny: float = TINY) -> Tensor:
+    """Rows divided by their maximum. Only what no factor of a row changes may be made of it: the maximum is held."""
+    return x / x.amax(-1, keepdim=True).detach().clamp_min(tiny)
+
+
+def with_norm_of(x: Tensor, y: Tensor, tiny: float = TINY) -> Tensor:
+    """Rows of `x`, each scaled to the Euclidean norm of that of `y`."""
+    norms = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return x * (norms / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny))
+
+
+def log(x: Tensor, tiny: float = TINY) -> Tensor:
+    """Of x >= 0. On a CPU exp(p log x) takes a fraction of the time of x ** p and its derivative."""
+    return x.clamp_min(tiny).log()
+
+
+class Focused(Operator):
+    """phi(x) = x'^P |x'| / |x'^P| with x' = elu(x) + 1: the focusing of FLatten, arXiv 2308.00442, equation 5. F = K.
+
+    It turns vectors toward their largest features, which sharpens attention. The paper's x' is relu(x).
+    """
+
+    def __init__(self, shape: Shape, power: float = 6) -> None:
+        """Raises ValueError unless `power` is at least 1."""
+        super().__init__(shape)
+        check_number("power", power, 1, 64)
+        self.power = float(power)
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor, power: float) -> tuple[Tensor, Tensor]:
+        q, k = elu1(q), elu1(k)
+        return with_norm_of((power * log(unit(q))).exp(), q), with_norm_of((power * log(unit(k))).exp(), k)
+
+    def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features(q, k, self.power)
+
+
+class FocusedLearned(Operator):
+    """`Focused` with a power for each head that is learned, from `power` on."""
+
+    def __init__(self, shape: Shape, power: float = 6) -> None:
+        """Raises ValueError unless `power` is at least 1."""
+        super().__init__(shape)
+        check_number("power", power, 1, 64)
+        self.power = nn.Parameter(torch.full((shape.num_heads, 1, 1), float(power)))
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, power = elu1(q), elu1(k), wide(power)
+        return with_norm_of((power * log(unit(q))).exp(), q), with_norm_of((power * log(unit(k))).exp(), k)
+
+    def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features(q, k, self.power)
+
+
+class Hedgehog(Operator):
+    """phi(x) = (softmax(x W), softmax(-x W)), arXiv 2402.04347, equation 6, normalised over features. F = 2K.
+
+    Each head learns a K x K map W for queries and one for keys, which start as the identity.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        maps = torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1)
+        self.q_map, self.k_map = nn.Parameter(maps), nn.Parameter(maps.clone())
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor, q_map: Tensor, k_map: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = wide(q) @ wide(q_map), wide(k) @ wide(k_map)
+        return torch.cat([q.softmax(-1), (-q).softmax(-1)], -1), torch.cat([k.softmax(-1), (-k).softmax(-1)], -1)
+
+    def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features(q, k, self.q_map, self.k_map)
+
+
+class Exp(Operator):
+    """phi(x) = exp(x / K^(1/4)), one feature for each dimension of softmax's q k^T / sqrt(K). F = K.
+
+    phi(q) phi(k)^T is as it stands, up to a factor for each query, which the quotient cancels: what is taken from a
+    feature of all keys is given to the queries, and then each query's largest feature is 1.
+    """
+
+    @staticmethod
+    def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = wide(q) * q.shape[-1] ** -0.25, wide(k) * k.shape[-1] ** -0.25
+        largest = k.amax(-2, keepdim=True).detach()
+        q = q + largest
+        return (q - q.amax(-1, keepdim=True).detach()).exp(), (k - largest).exp()
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} {value!r}: not a number from {low} to {high}")

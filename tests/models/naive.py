@@ -1,0 +1,151 @@
+"""Each operator and addition by its formula: N x N weights and loops, written apart from the models.
+
+`OPERATORS[name](op, q, k, v, x, grid)` gives what the operator `op` should; the parameters are read from `op`.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def elu1(x):
+    return torch.where(x > 0, x + 1, torch.exp(torch.minimum(x, torch.zeros_like(x))))
+
+
+def mean_of(weights, v):
+    """Weights [B, H, N, N], normalised."""
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def by_map(phi):
+    """phi(op, x, "q" or "k")."""
+    return lambda op, q, k, v, x, grid: mean_of(phi(op, q, "q") @ phi(op, k, "k").mT, v)
+
+
+def focused(power):
+    def phi(op, x, _):
+        x, p = elu1(x), power(op)
+        return x**p * x.square().sum(-1, keepdim=True).sqrt() / (x**p).square().sum(-1, keepdim=True).sqrt()
+
+    return by_map(phi)
+
+
+def hedgehog(op, x, side):
+    x = torch.einsum("bhnk,hkf->bhnf", x, op.q_map if side == "q" else op.k_map)
+    return torch.cat([torch.softmax(x, -1), torch.softmax(-x, -1)], -1)
+
+
+def scores(q, k):
+    """phi(q) phi(k)^T / (N sqrt(K)), and its sums over keys."""
+    s = elu1(q) @ elu1(k).mT / (k.shape[2] * k.shape[3] ** 0.5)
+    return s, s.sum(-1, keepdim=True)
+
+
+def mala(op, q, k, v, x, grid):
+    s, z = scores(q, k)
+    return ((1 + 1 / z) * s - z / k.shape[2]) @ v
+
+
+def inline(op, q, k, v, x, grid):
+    s, z = scores(q, k)
+    return (s - (z - 1) / k.shape[2]) @ v
+
+
+def mhla(op, q, k, v, x, grid):
+    (rows, columns), prefix = grid, q.shape[2] - grid[0] * grid[1]
+    height, width = (-(-side // op.cells) for side in grid)
+    cells = [0] * prefix  # prefix tokens are the first cell
+    cells += [(i // height) * op.cells + j // width + (prefix > 0) for i in range(rows) for j in range(columns)]
+    return mean_of(elu1(q) @ elu1(k).mT * op.mixture.clamp(min=0)[cells][:, cells], v)
+
+
+def rala(op, q, k, v, x, grid):
+    alike = (elu1(q).mean(2, keepdim=True) @ elu1(k).mT) / k.shape[3] ** 0.5
+    out = mean_of(elu1(q) @ elu1(k).mT * torch.softmax(alike, -1), v)
+    modulation = x @ op.modulation.weight.T + op.modulation.bias
+    return out * modulation.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+
+
+def polaformer(op, q, k, v, x, grid):
+    s, p = torch.log(1 + torch.exp(op.scale)), 1 + 4 / (1 + torch.exp(-op.power))
+
+    def power(x):
+        return torch.where(x > 0, x, 0) ** p
+
+    q, k, half = q / s, k / s, v.shape[-1] // 2
+    same = power(q) @ power(k).mT + power(-q) @ power(-k).mT
+    opposite = power(q) @ power(-k).mT + power(-q) @ power(k).mT
+    return torch.cat([mean_of(same, v[..., :half]), mean_of(opposite, v[..., half:])], -1)
+
+
+OPERATORS = {
+    "elu1": by_map(lambda op, x, _: elu1(x)),
+    "relu": by_map(lambda op, x, _: x * (x > 0)),
+    "focused": focused(lambda op: op.power),
+    "focused_learned": focused(lambda op: op.power),
+    "hedgehog": by_map(hedgehog),
+    "exp": by_map(lambda op, x, _: torch.exp(x / x.shape[-1] ** 0.25)),
+    "mala": mala,
+    "inline": inline,
+    "mhla": mhla,
+    "rala": rala,
+    "polaformer": polaformer,
+}
+
+
+def convolved(x, kernels, grid):
+    """Depthwise, patch by patch; `kernels` [B or 1, H K, size, size]."""
+    _, H, N, K = x.shape
+    (rows, columns), prefix, size = grid, N - grid[0] * grid[1], kernels.shape[-1]
+    kernels = kernels.unflatten(1, (H, K))
+    out = [torch.zeros_like(x[:, :, 0])] * prefix
+    for i in range(rows):
+        for j in range(columns):
+            total = torch.zeros_like(x[:, :, 0])
+            for a in range(size):
+                for b in range(size):
+                    row, column = i + a - size // 2, j + b - size // 2
+                    if 0 <= row < rows and 0 <= column < columns:
+                        total = total + kernels[..., a, b] * x[:, :, prefix + row * columns + column]
+            out.append(total)
+    return torch.stack(out, 2)
+
+
+def dynamic(add, v, x):
+    B, H, _, K = v.shape
+    mean = x.mean(1).unflatten(-1, (H, -1))
+    hidden = torch.einsum("bhd,hkd->bhk", mean, add.hidden.weight.squeeze(-1).unflatten(0, (H, K)))
+    hidden = F.gelu(hidden + add.hidden.bias.unflatten(0, (H, K)))
+    kernels = torch.einsum("bhd,hkd->bhk", hidden, add.kernels.weight.squeeze(-1).unflatten(0, (H, 9 * K)))
+    return (kernels + add.kernels.bias.unflatten(0, (H, 9 * K))).reshape(B, H * K, 3, 3)
+
+
+def value_conv(add, attend, q, k, v, x, grid):
+    return attend(q, k, v + convolved(v, add.weight.squeeze(1)[None], grid))
+
+
+def local_conv(add, attend, q, k, v, x, grid):
+    return attend(q, k, v) + convolved(v, add.weight.squeeze(1)[None], grid)
+
+
+def local_dynamic(add, attend, q, k, v, x, grid):
+    return attend(q, k, v) + convolved(v, dynamic(add, v, x), grid)
+
+
+def gate(add, attend, q, k, v, x, grid):
+    gates = 2 / (1 + torch.exp(-(x @ add.gate.weight.T + add.gate.bias)))
+    return attend(q, k, v) * gates.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+
+
+def temperature(add, attend, q, k, v, x, grid):
+    return attend(q * torch.exp(add.log_scale / 2), k * torch.exp(add.log_scale / 2), v)
+
+
+ADDITIONS = {
+    "value_conv3": value_conv,
+    "value_conv5": value_conv,
+    "local_conv3": local_conv,
+    "local_conv5": local_conv,
+    "local_dynamic": local_dynamic,
+    "gate": gate,
+    "temperature": temperature,
+}
