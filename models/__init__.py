@@ -1,6 +1,15 @@
 """Networks: softmax ViTs, their linear-attention counterparts, and what reads them. Knows nothing of training."""
 
-from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights, take_any_size
+from .backbones import (
+    architecture,
+    build_backbone,
+    check_image_size,
+    fingerprint,
+    match_dtypes,
+    notes,
+    take_any_size,
+)
+from .checkpoints import read_weights
 from .export import load, read_config, save
 from .feature_maps import FEATURE_MAPS
 from .heads import HEADS, IGNORE, Head, build_head
@@ -29,6 +38,8 @@ __all__ = [
     "linear_blocks",
     "linearize",
     "load",
+    "match_dtypes",
+    "notes",
     "read_config",
     "read_weights",
     "rotary_embeddings",

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import NOT_BUILT, check_finite, check_fit, check_image_size
+from .backbones import NOT_BUILT, check_image_size
+from .checkpoints import check_finite, check_fit, exports_within, mark_of
 from .heads import build_head
 from .linearize import linearize
 from .segmenter import Segmenter, backbone_of
@@ -35,19 +36,24 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
         folder: made if it is not there; an earlier export in it is replaced.
         state: the full state dict, on any device.
         config: `backbone` {name, kwargs}, `attention` {feature_map, linear_blocks}, `input` {image_size, mean, std,
-            crop_pct} and `lineage`, all plain JSON. `load` builds with `timm.create_model(name, **kwargs)`, so
-            `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. A `Segmenter`
-            has `segmentation` {head, num_classes, kwargs} too, for `build_head`. To it `save` adds `digest`, by which
-            `load` knows that the two files are as they were written.
+            crop_pct, interpolation} and `lineage`, all plain JSON. `load` builds with
+            `timm.create_model(name, **kwargs)`, so `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. A `Segmenter`
+            has `segmentation` {head, num_classes, kwargs} too, for `build_head`. It may have `classes`, names in the
+            order of the labels, and `palette`, a colour [r, g, b] for each of them. To it `save` adds `digest`, by
+            which `load` knows that the two files are as they were written. The file of weights says in its metadata
+            which blocks are linear, so that nobody takes it for a softmax model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Both are written aside; then the old config goes first and the new one comes last, and `load` wants a config.
     weights, text = folder / "model.safetensors.part", folder / "config.json.part"
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, weights, {"format": "pt"})
+    content = json.loads(json.dumps({"format": FORMAT, **config}))
+    lineage = hashlib.sha256(json.dumps(content.get("lineage"), sort_keys=True).encode()).hexdigest()
+    mark = json.dumps({"format": FORMAT, **mark_of(content), "lineage": lineage})
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(state, weights, {"format": "pt", "unsoftmax": mark})
     os.umask(umask := os.umask(0))
     weights.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-    content = json.loads(json.dumps({"format": FORMAT, **config}))
     content["digest"] = _digest(content, weights)
     text.write_text(json.dumps(content, indent=2) + "\n")
     (folder / "config.json").unlink(missing_ok=True)
@@ -59,12 +65,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The `config.json` of an export.
 
     Raises:
-        FileNotFoundError: no export there.
+        FileNotFoundError: no export there; those nearby are named.
         ValueError: it was written by another format version, or is damaged: not JSON, or a part of another type.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no export there (config.json is missing)")
+        near = f"; its folder is {path.parent.parent}" if path.parent.is_file() else exports_within(folder)
+        raise FileNotFoundError(f"{folder}: no export there (config.json is missing){near}")
     try:
         config = json.loads(path.read_text())
         version = config["format"]
@@ -78,6 +85,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             part = part.get(key) if isinstance(part, dict) else None
         if name.startswith("segmentation.") and "segmentation" not in config:
             continue
+        if name in _OPTIONAL and part is None:
+            continue
         if not isinstance(part, kind):
             raise ValueError(f"{path}: damaged, its {name} is {'missing' if part is None else repr(part)[:80]}")
     return config
@@ -87,18 +96,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 _KINDS = {
     "backbone.name": str, "backbone.kwargs": dict, "attention.feature_map": str, "attention.linear_blocks": list,
     "segmentation.head": str, "segmentation.num_classes": int, "segmentation.kwargs": dict,
+    "classes": list, "palette": list, "input": dict,
 }  # fmt: skip
+_OPTIONAL = ("classes", "palette", "input")
 
 
 def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) -> nn.Module:
     """The exported model in eval mode, fp32, on the CPU: a timm model, or a `Segmenter` around one.
+
+    Its `pretrained_cfg` says how images were given to it, so that `timm.data.resolve_model_data_config` knows, and
+    with `label_names` its classes, where the export has them. A `Segmenter` has `classes` and `palette` too.
 
     Args:
         folder: of the export.
         image_size: pixels, a side or (height, width), to resize the position embeddings to; default: as exported.
 
     Raises:
-        FileNotFoundError: no export there.
+        FileNotFoundError: no export there; those nearby are named.
         ValueError: the export is damaged, or the patch size does not divide `image_size`.
     """
     config = read_config(folder)
@@ -110,6 +124,7 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
     try:
         _check_backbone(config["backbone"])
         _check_head(config)
+        _check_description(config)
         with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
             shapes = _build(config)
     except NOT_BUILT as error:
@@ -124,7 +139,39 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
         vit = backbone_of(model)
         check_image_size(vit, image_size)
         vit.set_input_size(img_size=image_size)
+    _describe(model, config)
     return model.eval()
+
+
+# As the trainer's views are made: of the pixels that fall on one, the mean.
+INTERPOLATION = "box"
+# What timm says of the teacher's weights, and what is not true of these.
+_OF_THE_TEACHER = (
+    "url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "custom_load", "notes", "test_input_size",
+    "min_input_size", "test_crop_pct", "pool_size", "test_pool_size", "label_names", "label_descriptions",
+    "label_offset",
+)  # fmt: skip
+
+
+def _describe(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Tell in timm's terms what `config` says of the images and classes of `model`."""
+    vit = backbone_of(model)
+    known = {key: value for key, value in vit.pretrained_cfg.items() if key not in _OF_THE_TEACHER}
+    given, classes = config.get("input") or {}, config.get("classes")
+    known |= {key: tuple(given[key]) for key in ("mean", "std") if key in given}
+    known |= {key: given[key] for key in ("crop_pct",) if key in given}
+    known |= {
+        "input_size": (3, *vit.patch_embed.img_size),
+        "interpolation": given.get("interpolation", INTERPOLATION),
+        "crop_mode": "center",
+        "num_classes": config["segmentation"]["num_classes"] if "segmentation" in config else vit.num_classes,
+    }
+    if classes is not None:
+        known["label_names"] = tuple(classes)
+    for part in {model, vit}:
+        part.pretrained_cfg = part.default_cfg = known
+    if model is not vit:
+        model.classes, model.palette = classes, config.get("palette")
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
@@ -158,6 +205,24 @@ def _check_head(config: Mapping[str, Any]) -> None:
     for name, value in config.get("segmentation", {"kwargs": {}})["kwargs"].items():
         if not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
             raise KeyError(f"segmentation.kwargs: {name} {value!r}"[:100])
+
+
+def _check_description(config: Mapping[str, Any]) -> None:
+    """Raises KeyError unless what the config says of images and classes, if it does, has the form that timm knows."""
+    for name, value in (config.get("input") or {}).items():
+        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        fits = {
+            "mean": numbers and all(map(math.isfinite, value)),
+            "std": numbers and all(math.isfinite(x) and x > 0 for x in value),
+            "crop_pct": isinstance(value, int | float) and 0 < value <= 10,
+            "interpolation": value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+        }
+        if not fits.get(name, True):
+            raise KeyError(f"input: {name} {value!r}"[:100])
+    for name, value in (("classes", config.get("classes")), ("palette", config.get("palette"))):
+        kind = str if name == "classes" else list
+        if value is not None and not all(isinstance(item, kind) for item in value):
+            raise KeyError(f"{name} {value!r}"[:100])
 
 
 _NOT_OF_THE_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")

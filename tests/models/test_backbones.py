@@ -291,7 +291,7 @@ def test_damaged_files(tmp_path, suffix, content):
     one_line(error)
 
 
-@pytest.mark.parametrize("content", [{}, [torch.zeros(1)], {"state_dict": {"a": 1}}, {"a": {"b": torch.zeros(1)}}])
+@pytest.mark.parametrize("content", [{}, [torch.zeros(1)], {"state_dict": {"a": 1}}, {3: {"b": torch.zeros(1)}}])
 def test_files_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth: "):
