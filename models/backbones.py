@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from .checkpoints import fit, one_line, open_weights
+from .checkpoints import Shapes, fit, one_line, open_weights, pair, read_mark
 
 
 def build_backbone(
@@ -61,23 +61,26 @@ def build_backbone(
         full["img_size"] = image_size
     if weights is not None:
         file, pretrained = open_weights(weights), False
-        if image_size is not None and "img_size" in given and file.trained_at is None:
-            size = given["img_size"]
-            file.trained_at = (size, size) if isinstance(size, int) else tuple(size)
+        if "img_size" in given and file.trained_at is None:
+            size = pair(given["img_size"])
+            file.trained_at, file.built_at = (None, size) if image_size is None else (size, None)
 
         @cache
-        def shapes(num_classes: int | None, arch: str = arch) -> nn.Module:
+        def shapes(num_classes: int, arch: str = arch) -> nn.Module:
             with torch.device("meta"):
                 model = _create(name, arch, full | {"num_classes": num_classes}, given)
             check_image_size(model, full.get("img_size"))
             return model
 
-        def variants(num_classes: int) -> Iterator[tuple[str, nn.Module]]:
-            for other in timm.list_models(f"{arch.split('.')[0]}_*"):
-                try:
-                    yield other, shapes(num_classes, other)
-                except ValueError:
-                    continue
+        def variants() -> Iterator[tuple[str, Shapes]]:
+            words = set(arch.split(".")[0].split("_"))
+            for other in timm.list_models():
+                if len(words ^ set(other.split("_"))) == 1:
+                    try:
+                        shapes(0, other)
+                    except ValueError:
+                        continue
+                    yield other, partial(shapes, arch=other)
 
         state, num_classes = fit(file, shapes, given.get("num_classes"), weights_key, variants)
         full["num_classes"] = num_classes
@@ -87,11 +90,6 @@ def build_backbone(
     if classes not in (None, model.num_classes):
         model.reset_classifier(classes)
     check_image_size(model, full.get("img_size"))
-    channels = getattr(model, "in_chans", 3)
-    if channels != 3:
-        raise ValueError(
-            f"teacher.kwargs in_chans: the network takes images of {channels} channels, and here they have 3"
-        )
     if weights is not None:
         model.load_state_dict(state)
     for note in notes(name, given) if weights is not None or pretrained else ():
@@ -135,6 +133,7 @@ def match_dtypes(model: nn.Module) -> None:
 
 
 NOT_BUILT = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+LIKE = 0.7  # from this likeness on a name is offered for another
 _DESCRIPTION = ("pretrained_cfg", "pretrained_model_args")
 _ELSEWHERE = {
     "checkpoint_path": "give the file as teacher.weights",
@@ -171,12 +170,20 @@ def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
         try:
             with _hub_without_long_waits() if source == "hf-hub" else nullcontext():
                 config, arch, own = describe(place)
-        except Exception as error:
+        except OSError as error:
             if source == "local-dir":
-                raise ValueError(
-                    f"teacher.name {name!r}: no folder with a config.json of timm's ({one_line(error)})"
-                ) from error
-            raise ValueError(_not_from_the_hub(name, error)) from error
+                raise ValueError(f"teacher.name {name!r}: no such folder with a config.json of timm's") from error
+            near = _nearest(place.removeprefix("timm/"), timm.list_models(pretrained=True)) if "timm/" in place else ""
+            raise ValueError(f"{_not_from_the_hub(name, error)}{near.replace('but', 'or mean')}") from error
+        except Exception as error:
+            own = (
+                " but of an export here, which is a student.parent"
+                if source == "local-dir" and read_mark(Path(place) / "model.safetensors")
+                else ""
+            )
+            raise ValueError(
+                f"teacher.name {name!r}: its config.json is not timm's{own} ({one_line(error)})"
+            ) from error
         if not timm.is_model(arch):
             raise ValueError(f"teacher.name {name!r}: describes {arch!r}, which this timm does not have")
         own = dict(own or {})
@@ -202,8 +209,19 @@ def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, 3, 0.6)
-    near += [w for w in words if w.startswith(word) and w not in near][: 3 - len(near)]
+    """The words most like `word`, or that begin most like it, for the end of a message."""
+    matcher = difflib.SequenceMatcher(b=word)
+
+    def likeness(other: str) -> float:
+        scores = []
+        for part in (other, other[: len(word)]):
+            matcher.set_seq1(part)
+            scores.append(matcher.ratio() if matcher.real_quick_ratio() > LIKE else 0)
+        return max(scores)
+
+    scores = {other: likeness(other) for other in words}
+    near = [other for other in sorted(words, key=scores.__getitem__, reverse=True)[:3] if scores[other] > LIKE]
+    near = near or [other for other in words if word in other][:3]
     return f", but for example {', '.join(near)}" if near else ""
 
 
@@ -218,10 +236,12 @@ def _create(
     name: str, arch: str, full: Mapping[str, Any], given: Mapping[str, Any], pretrained: bool = False
 ) -> nn.Module:
     """`timm.create_model`; raises ValueError in terms of what was `given` as `name` and overrides."""
-    full = dict(full)
+    channels = full.get("in_chans", 3)
+    if channels != 3:
+        raise ValueError(f"teacher.kwargs in_chans {channels}: images have 3 channels here; leave it out")
     try:
         with _hub_without_long_waits() if pretrained else nullcontext():
-            return timm.create_model(arch, pretrained=pretrained, **full)
+            model = timm.create_model(arch, pretrained=pretrained, **full)
     except Exception as error:
         if isinstance(error, NOT_BUILT) and not isinstance(error, OSError):
             why = f"{one_line(error)}{_meant(arch, error)}"
@@ -229,6 +249,10 @@ def _create(
         else:
             said = _not_from_the_hub(name, error)
         raise ValueError(said) from error
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise ValueError(f"teacher.name {name!r}: takes images of {channels} channels, and they have 3 here")
+    return model
 
 
 def _meant(arch: str, error: Exception) -> str:
@@ -263,8 +287,7 @@ def check_image_size(
     patch_size = getattr(patch_embed, "patch_size", None)
     if image_size is None or patch_size is None or getattr(patch_embed, "dynamic_img_pad", False):
         return
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if any(s % p for s, p in zip(size, patch_size, strict=True)):
+    if any(s % p for s, p in zip(pair(image_size), patch_size, strict=True)):
         raise ValueError(f"{setting} {image_size}: not a multiple of the patch size {patch_size[0]}")
 
 

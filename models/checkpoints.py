@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from math import isqrt
@@ -25,6 +25,7 @@ from timm.models._helpers import _torch_load
 from torch import Tensor, nn
 
 MEND = "mend teacher.name or teacher.kwargs"
+MAX_VARIATION = 200  # names that do not fit; with more it is no variant of the same network
 MAX_NESTING = 8  # dicts in dicts of a file; a pickle may hold one that holds itself
 
 # Where a ViT begins: the patch embedding in the names of timm and Meta, CLIP and PE, Sapiens, AIMv2, BEiT-3 and RADIO.
@@ -44,13 +45,23 @@ WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mo
 BLOCK_CHUNKS = re.compile(r"\bblocks\.\d+\.(\d+)\.")  # DINOv2's training keeps its blocks in groups
 
 
+Shapes = Callable[[int], nn.Module]  # builds a model of so many classes on the meta device
+
+
 @dataclass
 class Weights:
-    """What a file holds: tensors by their names, nested dicts joined by dots; `trained_at` pixels where it says so."""
+    """What a file holds.
+
+    Attributes:
+        tensors: by their names, those of nested dicts joined by dots.
+        trained_at: (height, width) in pixels where the file, or who gives it, says so.
+        built_at: where nobody does, that of the model that it is given for.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     trained_at: tuple[int, int] | None = None
+    built_at: tuple[int, int] | None = None
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Reading:
         lost: names in the file whose values have an effect and do not reach `state`.
         problems: why it does not fit the model; empty where it does.
         misfits: how many names do not fit.
+        assumed: what the file does not say.
     """
 
     prefix: str
@@ -68,6 +80,7 @@ class Reading:
     lost: list[str]
     problems: str = ""
     misfits: int = 0
+    assumed: str = ""
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -93,7 +106,7 @@ def open_weights(path: str | Path) -> Weights:
             "student.parent"
         )
     size = mark.get("image_size")
-    return Weights(path, tensors, None if size is None else _pair(size))
+    return Weights(path, tensors, None if size is None else pair(size))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -171,20 +184,20 @@ def is_safetensors(path: Path) -> bool:
 
 def fit(
     file: Weights,
-    shapes: Callable[[int | None], nn.Module],
+    shapes: Shapes,
     num_classes: int | None,
     key: str | None = None,
-    variants: Callable[[int], Iterator[tuple[str, nn.Module]]] = lambda _: iter(()),
+    variants: Callable[[], Iterator[tuple[str, Shapes]]] = lambda: iter(()),
 ) -> tuple[dict[str, Tensor], int]:
     """The one reading of `file` that fits a model.
 
     Position embeddings are resampled from the grid that they were trained on to that of the model.
 
     Args:
-        shapes: builds the model, on the meta device, with so many classes.
+        shapes: builds the model.
         num_classes: of the model; None takes the classifier that the file has.
         key: the reading to take, by its prefix, where several fit.
-        variants: other models that might take what this one leaves out, with their names.
+        variants: names of models that are much like this one, with what builds them; for the message.
 
     Returns:
         The state dict, in timm's names, and the number of classes.
@@ -211,48 +224,43 @@ def fit(
         closest = min(readings, key=lambda reading: reading.misfits)
         others = f"; {_found(file, places)}" if len(readings) > 1 else ""
         under = f"{closest.prefix}* " if closest.prefix else ""
-        raise ValueError(f"{file.path}: {under}does not fit the model: {closest.problems}; {MEND}{others}")
+        remedy = _remedy(file, closest, variants())
+        raise ValueError(f"{file.path}: {under}does not fit the model: {closest.problems}; {remedy}{others}")
     if len(fitting) > 1:
         raise ValueError(
             f"{file.path}: holds {len(fitting)} networks that fit, {_listed(r.prefix for r in fitting)}; choose one "
-            f"with --teacher.weights_key {fitting[0].prefix.rstrip('.')}"
+            f"with --teacher.weights_key {fitting[0].prefix.rstrip('.') or repr('')}"
         )
     (reading,) = fitting
     if reading.lost:
-        model = _with_classes(shapes, num_classes, reading.state)
-        others = variants(model.num_classes)
-        takes = next((name for name, other in others if _takes_all(file, reading, other)), None)
-        remedy = (
-            f"choose teacher.name {takes}, which has them" if takes else f"choose a teacher.name that has them ({MEND})"
-        )
         raise ValueError(
-            f"{file.path}: {len(reading.lost)} weights that are not zero have no place in {type(model).__name__} as "
-            f"built ({', '.join(reading.lost[:3])}); {remedy}"
+            f"{file.path}: {len(reading.lost)} weights that are not zero have no place in the model as built "
+            f"({', '.join(reading.lost[:3])}); {_remedy(file, reading, variants())}"
         )
     check_finite(reading.state, file.path)
+    if reading.assumed:
+        warnings.warn(f"{file.path}: {reading.assumed}", stacklevel=3)
     return reading.state, _classes(reading.state) if num_classes is None else num_classes
 
 
-def _best(
-    file: Weights, at: str, shapes: Callable[[int | None], nn.Module], num_classes: int | None, patches: str | None
-) -> Reading:
-    """What stands under `at`, read with as much of that prefix as timm's filter of the model wants to see."""
+def _best(file: Weights, at: str, shapes: Shapes, num_classes: int | None, patches: str | None) -> Reading:
+    """What stands under `at`, read with as much of that prefix as timm's filter of the model may want to see."""
     parts = at.split(".")[:-1]
-    cuts = ["".join(f"{part}." for part in parts[:n]) for n in range(len(parts), -1, -1)]
+    cuts = ["".join(f"{part}." for part in parts[:n]) for n in range(len(parts) + 1)]
     readings = []
     for cut in cuts:
         reading = _read(file, at, cut, shapes, num_classes, patches)
         if not reading.problems:
             return reading
         readings.append(reading)
-    return min(readings, key=lambda reading: reading.misfits)
+    return min(reversed(readings), key=lambda reading: reading.misfits)
 
 
 def _read(
     file: Weights,
     at: str,
     cut: str,
-    shapes: Callable[[int | None], nn.Module],
+    shapes: Shapes,
     num_classes: int | None,
     patches: str | None,
 ) -> Reading:
@@ -281,10 +289,11 @@ def _read(
         if not WITHOUT_EFFECT.fullmatch(inner) and not inner.startswith(without)
     ]
     try:
-        _place_positions(state, model, file, None if patches is None else file.tensors[patches])
+        assumed = _place_positions(state, model, file, None if patches is None else file.tensors[patches])
     except ValueError as error:
-        return Reading(at, state, lost, str(error), 1)
-    return Reading(at, state, lost, *misfits(model, state))
+        others, count = misfits(model, state | {"pos_embed": model.pos_embed})
+        return Reading(at, state, lost, others or str(error), count or 1)
+    return Reading(at, state, lost, *misfits(model, state), assumed)
 
 
 def _prepared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -336,44 +345,60 @@ def _translate(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Te
     return {name: own.get(id(value), value.detach()) for name, value in state.items()}, lost
 
 
-def _place_positions(state: dict[str, Tensor], model: nn.Module, file: Weights, patches: Tensor | None) -> None:
+_SAY_SIZE = "give the size that it was trained at as teacher.kwargs {img_size: [HEIGHT, WIDTH]}, beside data.image_size"
+
+
+def _place_positions(state: dict[str, Tensor], model: nn.Module, file: Weights, patches: Tensor | None) -> str:
     """Resample `pos_embed` in `state` from the grid that it was trained on to that of `model`.
+
+    Returns:
+        What had to be assumed of that grid, for a warning; nothing where it is known.
 
     Raises:
         ValueError: the grid cannot be known.
     """
     positions = state.get("pos_embed")
     if positions is None or getattr(model, "pos_embed", None) is None or positions.ndim != 3:
-        return
-    patch_embed = model.patch_embed
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    count, wanted = positions.shape[1] - prefix, tuple(patch_embed.grid_size)
-    patch = patch_embed.patch_size if patches is None or patches.ndim != 4 else tuple(patches.shape[-2:])
-    square = (isqrt(max(count, 0)),) * 2
-    sizes = [file.trained_at, model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:]]
-    stated = [(size[0] // patch[0], size[1] // patch[1]) for size in sizes if size is not None]
-    trained = next((grid for grid in [*stated, square, wanted] if grid[0] * grid[1] == count > 0), None)
-    if trained is None:
+        return ""
+    prefix, wanted = 0 if model.no_embed_class else model.num_prefix_tokens, tuple(model.patch_embed.grid_size)
+    count = positions.shape[1] - prefix
+    patch = model.patch_embed.patch_size if patches is None or patches.ndim != 4 else patches.shape[-2:]
+
+    def grids(*sizes: tuple[int, int] | None) -> list[tuple[int, int]]:
+        found = [(size[0] // patch[0], size[1] // patch[1]) for size in sizes if size is not None]
+        return [grid for grid in found if grid[0] * grid[1] == count > 0]
+
+    stated = grids(file.trained_at, model.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
+    square = isqrt(max(count, 0))
+    likely = [(square, square)] if square**2 == count > 0 else grids(file.built_at)
+    if not stated and not likely:
+        fits = [
+            n
+            for n in (0, 1, 5)
+            if positions.shape[1] > n and isqrt(positions.shape[1] - n) ** 2 + n == len(positions[0])
+        ]
+        perhaps = f", where {fits[0]} would leave a square" if fits else ""
         raise ValueError(
-            f"pos_embed has {positions.shape[1]} positions, {prefix} for prefix tokens, and {count} patches are "
-            "no square: mend class_token, reg_tokens or no_embed_class in teacher.kwargs, or say the size that it was "
-            "trained at with teacher.kwargs {img_size: [HEIGHT, WIDTH]} beside data.image_size"
+            f"pos_embed has {positions.shape[1]} positions, {prefix} of them for prefix tokens{perhaps}: set "
+            f"class_token, reg_tokens or no_embed_class in teacher.kwargs, or {_SAY_SIZE}"
         )
-    if trained not in stated and wanted[0] != wanted[1] and count == wanted[0] * wanted[1]:
-        warnings.warn(
-            f"{file.path}: does not say the grid of its {count} position embeddings, {trained[0]} x {trained[1]} is "
-            f"assumed; if it is another, say the size that it was trained at with teacher.kwargs "
-            "{img_size: [HEIGHT, WIDTH]} beside data.image_size",
-            stacklevel=2,
-        )
+    trained = (stated or likely)[0]
     if trained != wanted:
         state["pos_embed"] = resample_abs_pos_embed(positions, wanted, trained, num_prefix_tokens=prefix)
+    if stated or wanted[0] == wanted[1] or count != wanted[0] * wanted[1]:
+        return ""
+    rows, columns = trained
+    return f"does not say the grid of its {count} position embeddings, taken as {rows} x {columns}; else {_SAY_SIZE}"
 
 
-def _takes_all(file: Weights, reading: Reading, model: nn.Module) -> bool:
-    """Whether `model` has a place for all that `reading` leaves out."""
-    other = _best(file, reading.prefix, lambda _: model, model.num_classes, None)
-    return not other.problems and not other.lost
+def _remedy(file: Weights, reading: Reading, variants: Iterator[tuple[str, Shapes]]) -> str:
+    """What to change, so that all that stands where `reading` was taken has a place."""
+    if reading.misfits <= MAX_VARIATION:
+        for name, shapes in variants:
+            other = _best(file, reading.prefix, shapes, None, None)
+            if not other.problems and not other.lost:
+                return f"it fits teacher.name {name}"
+    return MEND
 
 
 def _classes(state: Mapping[str, Tensor]) -> int:
@@ -381,9 +406,7 @@ def _classes(state: Mapping[str, Tensor]) -> int:
     return len(head) if head is not None and head.ndim == 2 and head.numel() else 0
 
 
-def _with_classes(
-    shapes: Callable[[int | None], nn.Module], given: int | None, state: Mapping[str, Tensor]
-) -> nn.Module:
+def _with_classes(shapes: Shapes, given: int | None, state: Mapping[str, Tensor]) -> nn.Module:
     return shapes(_classes(state) if given is None else given)
 
 
@@ -453,7 +476,8 @@ def _listed(prefixes: Iterable[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that may be a side."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

@@ -35,13 +35,16 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     Args:
         folder: made if it is not there; an earlier export in it is replaced.
         state: the full state dict, on any device.
-        config: `backbone` {name, kwargs}, `attention` {feature_map, linear_blocks}, `input` {image_size, mean, std,
-            crop_pct, interpolation} and `lineage`, all plain JSON. `load` builds with
-            `timm.create_model(name, **kwargs)`, so `kwargs` hold `img_size` and `num_classes` too where they are not timm's defaults for `name`. A `Segmenter`
-            has `segmentation` {head, num_classes, kwargs} too, for `build_head`. It may have `classes`, names in the
-            order of the labels, and `palette`, a colour [r, g, b] for each of them. To it `save` adds `digest`, by
-            which `load` knows that the two files are as they were written. The file of weights says in its metadata
-            which blocks are linear, so that nobody takes it for a softmax model.
+        config: plain JSON.
+            `backbone` {name, kwargs}: `load` builds with `timm.create_model(name, **kwargs)`, so `kwargs` hold
+            `img_size` and `num_classes` too where they are not timm's defaults for `name`.
+            `attention` {feature_map, linear_blocks}.
+            `input` {image_size, mean, std, crop_pct, interpolation}: how images are given to it.
+            `lineage`: the trainer's.
+            `segmentation` {head, num_classes, kwargs}: of a `Segmenter`, for `build_head`.
+            `classes`, if they are known: names in the order of the labels; `palette`: their colours [r, g, b].
+            To these `save` adds `digest`, by which `load` knows that the two files are as they were written. The file
+            of weights says in its metadata which blocks are linear, so that nobody takes it for a softmax model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
