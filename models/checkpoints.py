@@ -4,6 +4,7 @@ A file holds a network where one reading of its names fits; all that such a read
 without effect or an error.
 """
 
+import argparse
 import io
 import json
 import re
@@ -11,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer, clean_state_dict
-from timm.models._helpers import _torch_load
 from torch import Tensor, nn
 
 MEND = "mend teacher.name or teacher.kwargs"
@@ -215,7 +215,10 @@ def fit(
         places = chosen
     if not places and not any(re.match(r"(blocks\.\d+|cls_token|norm|pos_embed)\b", name) for name in file.tensors):
         raise ValueError(f"{file.path}: {_found(file, places)}")
-    readings = [_best(file, at, shapes, num_classes, name) for at, name in (places or {"": None}).items()]
+    readings = [
+        _best(_without(file, [p for p in _places(file) if p != at and p.startswith(at)]), at, shapes, num_classes, name)
+        for at, name in (places or {"": None}).items()
+    ]
     fitting: list[Reading] = []
     for reading in readings:
         if not reading.problems and not any(_same(reading.state, other.state) for other in fitting):
@@ -461,6 +464,12 @@ def _places(file: Weights) -> dict[str, str]:
     return {m[1]: m[0] for m in found if m[2] != "conv1" or f"{m[1]}positional_embedding" in file.tensors}
 
 
+def _without(file: Weights, prefixes: list[str]) -> Weights:
+    """`file` without the networks that stand deeper in it."""
+    inner = tuple(prefixes)
+    return replace(file, tensors={key: value for key, value in file.tensors.items() if not key.startswith(inner)})
+
+
 def _found(file: Weights, places: Mapping[str, Any]) -> str:
     """What a file holds, in a few words."""
     if places:
@@ -486,7 +495,11 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
-        content = load_file(path) if is_safetensors(path) else _torch_load(str(path))
+        if is_safetensors(path):
+            content = load_file(path)
+        else:  # timm's training leaves its arguments, plain values, in its files; torch looks at a path's suffix
+            with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as weights: {_unreadable(path, error)}") from error
     if not isinstance(content, Mapping):
