@@ -65,6 +65,9 @@ def build_backbone(
             size = pair(given["img_size"])
             file.trained_at, file.built_at = (None, size) if image_size is None else (size, None)
 
+        if "global_pool" in given or "gap" in arch.split("_"):  # SigLIP's tokens, without what pools them
+            file.may_stay += ("attn_pool.",)
+
         @cache
         def shapes(num_classes: int, arch: str = arch) -> nn.Module:
             with torch.device("meta"):

@@ -38,9 +38,8 @@ TRANSFORMERS = re.compile(r"(|.*\.)embeddings\.patch_embeddings?(\.projection)?\
 WITHOUT_EFFECT = re.compile(
     r"(|.*\.)(mask_token|masked_embed|relative_position_index|num_batches_tracked|bias_mask|logit_scale|logit_bias)"
     r"|decoder.*|predictor.*|projectors?\..*|projection_head\..*|lm_head\..*|(dino|ibot)_head\..*|local_cls_norm.*"
-    r"|(|.*\.)rope[^.]*\.(periods|freqs_.*|bands)|text_embed\..*|.*\.B\..*"
+    r"|(|.*\.)rope[^.]*\.(periods|freqs_.*|inv_freq|bands)|text_embed\..*|.*\.B\..*"
 )
-CLASSIFIER = ("head.", "head_dist.", "attn_pool.")  # a model may be built without them on purpose
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BLOCK_CHUNKS = re.compile(r"\bblocks\.\d+\.(\d+)\.")  # DINOv2's training keeps its blocks in groups
 
@@ -56,12 +55,14 @@ class Weights:
         tensors: by their names, those of nested dicts joined by dots.
         trained_at: (height, width) in pixels where the file, or who gives it, says so.
         built_at: where nobody does, that of the model that it is given for.
+        may_stay: beginnings of names, of parts that a model may be built without on purpose.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     trained_at: tuple[int, int] | None = None
     built_at: tuple[int, int] | None = None
+    may_stay: tuple[str, ...] = ("head.", "head_dist.")
 
 
 @dataclass
@@ -159,10 +160,8 @@ def read_mark(path: str | Path) -> dict[str, Any]:
 
 def mark_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What an export's weights say of themselves, from its config; see `read_mark`."""
-    size = config["backbone"]["kwargs"].get("img_size")
-    return {"linear_blocks": list(config["attention"]["linear_blocks"])} | (
-        {} if size is None else {"image_size": size}
-    )
+    size, blocks = config["backbone"]["kwargs"].get("img_size"), list(config["attention"]["linear_blocks"])
+    return {"linear_blocks": blocks} | ({} if size is None else {"image_size": size})
 
 
 def exports_within(folder: str | Path) -> str:
@@ -267,11 +266,11 @@ def _read(
     num_classes: int | None,
     patches: str | None,
 ) -> Reading:
-    given = {name[len(cut) :]: value for name, value in file.tensors.items() if name.startswith(cut)}
+    given = _prepared({name[len(cut) :]: value for name, value in file.tensors.items() if name.startswith(cut)})
     inside = at[len(cut) :]
     model = shapes(1 if num_classes is None else num_classes)
     try:
-        state, lost = _translate(_prepared(given), model)
+        state, lost = _translate(given, model)
     except Exception as error:  # timm's filters meet any names and shapes here
         return Reading(at, {}, [], one_line(error), len(given))
     state = {name: value for name, value in state.items() if not WITHOUT_EFFECT.fullmatch(name)}
@@ -280,8 +279,8 @@ def _read(
     state = {name: value for name, value in state.items() if name not in elsewhere or given[name] is not value}
     model = _with_classes(shapes, num_classes, state)
     own = model.state_dict()
-    without = tuple(part for part in CLASSIFIER if not any(name.startswith(part) for name in own))
     # As with weights from the hub, what the user built the model without is left in the file.
+    without = tuple(part for part in file.may_stay if not any(name.startswith(part) for name in own))
     state = {name: value for name, value in state.items() if not name.startswith(without)}
     if "head." in without:
         without += ("pre_logits.",)  # a layer before the classifier, which timm's ViTs have no more
@@ -375,11 +374,8 @@ def _place_positions(state: dict[str, Tensor], model: nn.Module, file: Weights, 
     square = isqrt(max(count, 0))
     likely = [(square, square)] if square**2 == count > 0 else grids(file.built_at)
     if not stated and not likely:
-        fits = [
-            n
-            for n in (0, 1, 5)
-            if positions.shape[1] > n and isqrt(positions.shape[1] - n) ** 2 + n == len(positions[0])
-        ]
+        squares = {n * n for n in range(1, isqrt(positions.shape[1]) + 1)}
+        fits = [n for n in (0, 1, 5) if positions.shape[1] - n in squares]
         perhaps = f", where {fits[0]} would leave a square" if fits else ""
         raise ValueError(
             f"pos_embed has {positions.shape[1]} positions, {prefix} of them for prefix tokens{perhaps}: set "

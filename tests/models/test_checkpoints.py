@@ -191,6 +191,15 @@ def test_a_layer_before_the_classifier_has_an_effect_with_the_classifier_alone(t
     read(tmp_path, content, kwargs={**TINY, "num_classes": 0})
 
 
+def test_pooling_stays_in_the_file_only_where_another_is_chosen(tmp_path):
+    name = "vit_base_patch16_siglip_224"
+    content = build(name).state_dict()
+    read(tmp_path, content, name, {**TINY, "global_pool": "avg", "fc_norm": False})
+    read(tmp_path, content, "vit_base_patch16_siglip_gap_224")
+    with pytest.raises(ValueError, match=r"unexpected \(attn_pool\.latent"):
+        read(tmp_path, content)
+
+
 def test_eva_after_masked_image_modelling(tmp_path):
     vit = build(EVA02)
     content = {**vit.state_dict(), "mask_token": torch.ones(1, 1, 48), "lm_head.weight": torch.ones(3, 48)}
