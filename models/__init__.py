@@ -13,6 +13,7 @@ from .checkpoints import read_weights
 from .export import load, read_config, save
 from .feature_maps import FEATURE_MAPS
 from .heads import HEADS, IGNORE, Head, build_head
+from .hub import unsoftmax
 from .linear_attention import LinearAttention, linear_attention
 from .linearize import ViT, check_linearizable, linear_blocks, linearize, rotary_embeddings
 from .segmenter import Segmenter, backbone_of
@@ -47,4 +48,5 @@ __all__ = [
     "take_any_size",
     "tap_names",
     "taps",
+    "unsoftmax",
 ]

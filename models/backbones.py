@@ -21,7 +21,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from .checkpoints import Shapes, fit, one_line, open_weights, pair, read_mark
+from .checkpoints import Shapes, fit, one_line, open_weights, pair
 
 
 def build_backbone(
@@ -171,7 +171,7 @@ def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     describe = {"hf-hub": load_model_config_from_hf, "local-dir": load_model_config_from_path}.get(source)
     if describe is not None:
         try:
-            with _hub_without_long_waits() if source == "hf-hub" else nullcontext():
+            with hub_without_long_waits() if source == "hf-hub" else nullcontext():
                 config, arch, own = describe(place)
         except OSError as error:
             if source == "local-dir":
@@ -179,14 +179,12 @@ def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
             near = _nearest(place.removeprefix("timm/"), timm.list_models(pretrained=True)) if "timm/" in place else ""
             raise ValueError(f"{_not_from_the_hub(name, error)}{near.replace('but', 'or mean')}") from error
         except Exception as error:
-            own = (
-                " but of an export here, which is a student.parent"
-                if source == "local-dir" and read_mark(Path(place) / "model.safetensors")
-                else ""
-            )
+            raise ValueError(f"teacher.name {name!r}: its config.json is not timm's ({one_line(error)})") from error
+        if arch == "unsoftmax":
             raise ValueError(
-                f"teacher.name {name!r}: its config.json is not timm's{own} ({one_line(error)})"
-            ) from error
+                f"teacher.name {name!r}: an export, not a teacher; continue it as student.parent, or if its attention "
+                "is softmax give it as teacher.weights"
+            )
         if not timm.is_model(arch):
             raise ValueError(f"teacher.name {name!r}: describes {arch!r}, which this timm does not have")
         own = dict(own or {})
@@ -243,7 +241,7 @@ def _create(
     if channels != 3:
         raise ValueError(f"teacher.kwargs in_chans {channels}: images have 3 channels here; leave it out")
     try:
-        with _hub_without_long_waits() if pretrained else nullcontext():
+        with hub_without_long_waits() if pretrained else nullcontext():
             model = timm.create_model(arch, pretrained=pretrained, **full)
     except Exception as error:
         if isinstance(error, NOT_BUILT) and not isinstance(error, OSError):
@@ -269,7 +267,7 @@ def _meant(arch: str, error: Exception) -> str:
 
 
 @contextmanager
-def _hub_without_long_waits() -> Iterator[None]:
+def hub_without_long_waits() -> Iterator[None]:
     """huggingface_hub retries an unreachable hub for most of a minute: ask once; no answer, then its cache only."""
     offline = constants.HF_HUB_OFFLINE
     try:

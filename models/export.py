@@ -14,12 +14,13 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import NOT_BUILT, check_image_size
-from .checkpoints import check_finite, check_fit, exports_within, mark_of
+from .backbones import NOT_BUILT, check_image_size, hub_without_long_waits
+from .checkpoints import check_finite, check_fit, exports_within, mark_of, one_line, pair
 from .heads import build_head
 from .linearize import linearize
 from .segmenter import Segmenter, backbone_of
@@ -58,7 +59,7 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     os.umask(umask := os.umask(0))
     weights.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
     content["digest"] = _digest(content, weights)
-    text.write_text(json.dumps(content, indent=2) + "\n")
+    text.write_text(json.dumps(content | _for_timm(content), indent=2) + "\n")
     (folder / "config.json").unlink(missing_ok=True)
     os.replace(weights, folder / "model.safetensors")
     os.replace(text, folder / "config.json")
@@ -92,7 +93,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             continue
         if not isinstance(part, kind):
             raise ValueError(f"{path}: damaged, its {name} is {'missing' if part is None else repr(part)[:80]}")
-    return config
+    return {key: value for key, value in config.items() if key not in _OF_TIMM}
 
 
 # "lineage" is the trainer's, which checks it.
@@ -104,6 +105,22 @@ _KINDS = {
 _OPTIONAL = ("classes", "palette", "input")
 
 
+def download(name: str, cache_dir: str | Path | None = None, weights: bool = True) -> Path:
+    """The folder of an export on the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, in the hub's cache.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        with hub_without_long_waits():
+            for file in ("config.json", "model.safetensors")[: 1 + weights]:
+                path = hf_hub_download(repository, file, revision=revision or None, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"hf-hub:{name}: no export can be had from there ({one_line(error)})") from error
+    return Path(path).parent
+
+
 def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) -> nn.Module:
     """The exported model in eval mode, fp32, on the CPU: a timm model, or a `Segmenter` around one.
 
@@ -111,13 +128,15 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
     with `label_names` its classes, where the export has them. A `Segmenter` has `classes` and `palette` too.
 
     Args:
-        folder: of the export.
+        folder: of the export, or `hf-hub:OWNER/NAME`.
         image_size: pixels, a side or (height, width), to resize the position embeddings to; default: as exported.
 
     Raises:
         FileNotFoundError: no export there; those nearby are named.
-        ValueError: the export is damaged, or the patch size does not divide `image_size`.
+        ValueError: the export is damaged, cannot be had from the hub, or the patch size does not divide `image_size`.
     """
+    if str(folder).startswith("hf-hub:"):
+        folder = download(str(folder).removeprefix("hf-hub:"))
     config = read_config(folder)
     path = Path(folder) / "model.safetensors"
     try:
@@ -125,9 +144,7 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as weights ({error})") from error
     try:
-        _check_backbone(config["backbone"])
-        _check_head(config)
-        _check_description(config)
+        _check(config)
         with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
             shapes = _build(config)
     except NOT_BUILT as error:
@@ -136,8 +153,22 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
     check_finite(state, path)
     if "digest" in config and config["digest"] != _digest(config, path):
         raise ValueError(f"{folder}: config.json or model.safetensors is not as it was written; make the export again")
-    model = _build(config)
-    model.load_state_dict(state)
+    return build(config, image_size, state)
+
+
+def build(
+    config: Mapping[str, Any],
+    image_size: int | tuple[int, int] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """The model that the config of an export describes, with random weights where no `state` is given; as `load`."""
+    try:
+        _check(config)
+        model = _build(config)
+    except NOT_BUILT as error:
+        raise ValueError(f"no model can be built from the config of the export ({error!r})") from error
+    if state is not None:
+        model.load_state_dict(state)
     if image_size is not None:
         vit = backbone_of(model)
         check_image_size(vit, image_size)
@@ -156,6 +187,20 @@ _OF_THE_TEACHER = (
 )  # fmt: skip
 
 
+ARCHITECTURE = "unsoftmax"  # by which timm finds `models.hub`
+_OF_TIMM = ("architecture", "pretrained_cfg")  # in config.json, told by the rest of it
+
+
+def _for_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm wants to read in config.json."""
+    given, size = config.get("input") or {}, (config.get("input") or {}).get("image_size")
+    known = {key: given[key] for key in ("mean", "std", "crop_pct") if key in given}
+    known |= {} if size is None else {"input_size": [3, *pair(size)]}
+    known |= {"label_names": config["classes"]} if config.get("classes") else {}
+    known["interpolation"] = given.get("interpolation", INTERPOLATION)
+    return {"architecture": ARCHITECTURE, "pretrained_cfg": known}
+
+
 def _describe(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Tell in timm's terms what `config` says of the images and classes of `model`."""
     vit = backbone_of(model)
@@ -164,6 +209,7 @@ def _describe(model: nn.Module, config: Mapping[str, Any]) -> None:
     known |= {key: tuple(given[key]) for key in ("mean", "std") if key in given}
     known |= {key: given[key] for key in ("crop_pct",) if key in given}
     known |= {
+        "architecture": ARCHITECTURE,
         "input_size": (3, *vit.patch_embed.img_size),
         "interpolation": given.get("interpolation", INTERPOLATION),
         "crop_mode": "center",
@@ -189,6 +235,13 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
     if (of := config.get("segmentation")) is None:
         return model
     return Segmenter(model, build_head(of["head"], model.embed_dim, of["num_classes"], **of["kwargs"]))
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raises KeyError where something other than what `save` writes would be built or said."""
+    _check_backbone(config["backbone"])
+    _check_head(config)
+    _check_description(config)
 
 
 def _check_backbone(backbone: Mapping[str, Any]) -> None:
