@@ -58,20 +58,25 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     save_file(state, weights, {"format": "pt", "unsoftmax": mark})
     os.umask(umask := os.umask(0))
     weights.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+    content |= _for_timm(content)
     content["digest"] = _digest(content, weights)
-    text.write_text(json.dumps(content | _for_timm(content), indent=2) + "\n")
+    text.write_text(json.dumps(content, indent=2) + "\n")
     (folder / "config.json").unlink(missing_ok=True)
     os.replace(weights, folder / "model.safetensors")
     os.replace(text, folder / "config.json")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of an export.
+    """The `config.json` of an export, without what it repeats for timm.
 
     Raises:
         FileNotFoundError: no export there; those nearby are named.
         ValueError: it was written by another format version, or is damaged: not JSON, or a part of another type.
     """
+    return {key: value for key, value in _whole_config(folder).items() if key not in _OF_TIMM}
+
+
+def _whole_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         near = f"; its folder is {path.parent.parent}" if path.parent.is_file() else exports_within(folder)
@@ -93,7 +98,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             continue
         if not isinstance(part, kind):
             raise ValueError(f"{path}: damaged, its {name} is {'missing' if part is None else repr(part)[:80]}")
-    return {key: value for key, value in config.items() if key not in _OF_TIMM}
+    return config
 
 
 # "lineage" is the trainer's, which checks it.
@@ -137,7 +142,7 @@ def load(folder: str | Path, image_size: int | tuple[int, int] | None = None) ->
     """
     if str(folder).startswith("hf-hub:"):
         folder = download(str(folder).removeprefix("hf-hub:"))
-    config = read_config(folder)
+    config = _whole_config(folder)
     path = Path(folder) / "model.safetensors"
     try:
         state = load_file(path)
@@ -188,7 +193,7 @@ _OF_THE_TEACHER = (
 
 
 ARCHITECTURE = "unsoftmax"  # by which timm finds `models.hub`
-_OF_TIMM = ("architecture", "pretrained_cfg")  # in config.json, told by the rest of it
+_OF_TIMM = ("architecture", "pretrained_cfg")  # in config.json, told by the rest of it, which `load` reads
 
 
 def _for_timm(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,6 +257,7 @@ LINEAR = {"feature_map": "elu1", "linear_blocks": [0, 1, 2]}
         (edit(classes="abc"), r"config\.json: damaged, its classes is 'abc'"),
         (edit(classes=[1, 2]), r"classes \[1, 2\]"),
         (edit(lineage={"stages": ["1"]}), "is not as it was written; make the export again"),
+        (edit(pretrained_cfg={"mean": [0.0] * 3}), "is not as it was written"),
         (flip, "is not as it was written; make the export again"),
         (diverged, r"model\.safetensors: blocks\.1\.mlp\.fc1\.weight is not finite"),
     ],
