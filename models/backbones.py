@@ -64,7 +64,6 @@ def build_backbone(
         if "img_size" in given and file.trained_at is None:
             size = pair(given["img_size"])
             file.trained_at, file.built_at = (None, size) if image_size is None else (size, None)
-
         if "global_pool" in given or "gap" in arch.split("_"):  # SigLIP's tokens, without what pools them
             file.may_stay += ("attn_pool.",)
 

@@ -46,12 +46,16 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
             `classes`, if they are known: names in the order of the labels; `palette`: their colours [r, g, b].
             To these `save` adds `digest`, by which `load` knows that the two files are as they were written. The file
             of weights says in its metadata which blocks are linear, so that nobody takes it for a softmax model.
+
+    Raises:
+        ValueError: `input` is not as timm knows it, or `classes` are not as many as the head has.
     """
     folder = Path(folder)
+    content = json.loads(json.dumps({"format": FORMAT, **config}))
+    _check_description(content)
     folder.mkdir(parents=True, exist_ok=True)
     # Both are written aside; then the old config goes first and the new one comes last, and `load` wants a config.
     weights, text = folder / "model.safetensors.part", folder / "config.json.part"
-    content = json.loads(json.dumps({"format": FORMAT, **config}))
     lineage = hashlib.sha256(json.dumps(content.get("lineage"), sort_keys=True).encode()).hexdigest()
     mark = json.dumps({"format": FORMAT, **mark_of(content), "lineage": lineage})
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -190,8 +194,6 @@ _OF_THE_TEACHER = (
     "min_input_size", "test_crop_pct", "pool_size", "test_pool_size", "label_names", "label_descriptions",
     "label_offset",
 )  # fmt: skip
-
-
 ARCHITECTURE = "unsoftmax"  # by which timm finds `models.hub`
 _OF_TIMM = ("architecture", "pretrained_cfg")  # in config.json, told by the rest of it, which `load` reads
 
@@ -269,7 +271,7 @@ def _check_head(config: Mapping[str, Any]) -> None:
 
 
 def _check_description(config: Mapping[str, Any]) -> None:
-    """Raises KeyError unless what the config says of images and classes, if it does, has the form that timm knows."""
+    """Raises ValueError unless what the config says of images and classes, if it does, has the form that timm knows."""
     for name, value in (config.get("input") or {}).items():
         numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
         fits = {
@@ -279,11 +281,14 @@ def _check_description(config: Mapping[str, Any]) -> None:
             "interpolation": value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
         }
         if not fits.get(name, True):
-            raise KeyError(f"input: {name} {value!r}"[:100])
-    for name, value in (("classes", config.get("classes")), ("palette", config.get("palette"))):
-        kind = str if name == "classes" else list
+            raise ValueError(f"input: {name} {value!r}"[:100])
+    count = config.get("segmentation", config["backbone"]["kwargs"]).get("num_classes")
+    for name, kind in (("classes", str), ("palette", list)):
+        value = config.get(name)
         if value is not None and not all(isinstance(item, kind) for item in value):
-            raise KeyError(f"{name} {value!r}"[:100])
+            raise ValueError(f"{name} {value!r}"[:100])
+        if value is not None and count is not None and len(value) != count:
+            raise ValueError(f"{name}: {len(value)} for a head of {count} classes")
 
 
 _NOT_OF_THE_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")

@@ -159,6 +159,8 @@ def test_what_the_export_says_of_its_images(tmp_path):
     given = {**config(build())["input"], "interpolation": "bicubic"}
     save(tmp_path, build().state_dict(), {**without, "input": given})
     assert timm.data.resolve_model_data_config(load(tmp_path))["interpolation"] == "bicubic"
+    with pytest.raises(ValueError, match="classes: 2 for a head of 5 classes"):
+        save(tmp_path, build().state_dict(), {**without, "classes": ["cat", "dog"]})
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         mark = json.loads(file.metadata()["unsoftmax"])
     assert mark["linear_blocks"] == [0, 1, 2] and mark["image_size"] == 32 and len(mark["lineage"]) == 64
