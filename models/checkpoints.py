@@ -24,16 +24,18 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer, clean_state_dict
 from torch import Tensor, nn
 
+from .huggingface import from_transformers
+
 MEND = "mend teacher.name or teacher.kwargs"
 MAX_VARIATION = 200  # names that do not fit; with more it is no variant of the same network
 MAX_NESTING = 8  # dicts in dicts of a file; a pickle may hold one that holds itself
 
-# Where a ViT begins: the patch embedding in the names of timm and Meta, CLIP and PE, Sapiens, AIMv2, BEiT-3 and RADIO.
+# Where a ViT begins: the patch embedding in the names of timm and Meta, CLIP and PE, Sapiens, AIMv2, BEiT-3, RADIO and
+# transformers.
 PATCH_EMBED = re.compile(
     r"(|.*\.)(patch_embed\.proj|patch_embed\.projection|conv1|preprocessor\.patchifier\.proj|vision_embed\.proj"
-    r"|patch_generator\.embedder)\.weight"
+    r"|patch_generator\.embedder|embeddings\.patch_embeddings?(?:\.projection)?)\.weight"
 )
-TRANSFORMERS = re.compile(r"(|.*\.)embeddings\.patch_embeddings?(\.projection)?\.weight")
 # What pre-training leaves beside the network, and tables that timm computes by itself.
 WITHOUT_EFFECT = re.compile(
     r"(|.*\.)(mask_token|masked_embed|relative_position_index|num_batches_tracked|bias_mask|logit_scale|logit_bias)"
@@ -301,6 +303,8 @@ def _read(
 def _prepared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names and values as timm's filters know them, where a training framework wrote them otherwise."""
     state = {BLOCK_CHUNKS.sub(r"blocks.\1.", name): value for name, value in state.items()}
+    if any(name.startswith("embeddings.patch_embedding") for name in state):
+        state = from_transformers(state)
     for name in [name for name in state if name.endswith(".bias_mask")]:  # DINOv3's biases are what the mask leaves
         mask, bias = state.pop(name), name.removesuffix("_mask")
         if bias in state and state[bias].shape == mask.shape:
@@ -470,8 +474,6 @@ def _found(file: Weights, places: Mapping[str, Any]) -> str:
     """What a file holds, in a few words."""
     if places:
         return f"it holds {_listed(places)}"
-    if any(TRANSFORMERS.fullmatch(name) for name in file.tensors):
-        return "has the names of Hugging Face's transformers, which are not read; give the same weights in timm's"
     tops = dict.fromkeys(re.sub(r"\..*", ".", name) for name in file.tensors)
     return f"holds no patch embedding of a ViT; its names begin with {_listed(tops)}"
 

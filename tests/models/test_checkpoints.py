@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
@@ -100,7 +101,6 @@ def test_two_readings_are_named_and_one_is_chosen(tmp_path, content):
          r"model\.backbone\.\* does not fit the model: 12 missing"),
         ({**STATE, "adapter.weight": torch.ones(3)}, r"1 unexpected \(adapter\.weight\)"),
         ({"layer1.conv1.weight": torch.ones(3), "fc.bias": torch.ones(3)}, r"no patch embedding.* layer1\.\*, fc\.\*"),
-        ({"embeddings.patch_embeddings.projection.weight": torch.ones(3)}, "names of Hugging Face's transformers"),
         ({**STATE, "reg_token": torch.ones(1, 4, 48)}, r"1 unexpected \(reg_token\)"),
     ],
 )  # fmt: skip
@@ -182,6 +182,39 @@ def test_values_that_timms_filter_drops(tmp_path, prefix):
     for i in range(2):
         content[bias.replace("1", str(i))] = torch.zeros(144)
     read(tmp_path, content, DINOV3)
+
+
+FAMILIES = {
+    "ViT": (NAME, transformers.ViTConfig, transformers.ViTModel, {}, {"layer_norm_eps": 1e-6}),
+    "Dinov2": ("vit_small_patch14_dinov2", transformers.Dinov2Config, transformers.Dinov2Model, {}, {}),
+    "Dinov2WithRegisters": ("vit_small_patch14_reg4_dinov2", transformers.Dinov2WithRegistersConfig,
+                            transformers.Dinov2WithRegistersModel, {}, {}),
+    "CLIP": (f"{CLIP}.openai", transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection,
+             {"act_layer": "quick_gelu"}, {}),
+    "Siglip": ("vit_base_patch16_siglip_224", transformers.SiglipVisionConfig, transformers.SiglipVisionModel, {}, {}),
+    "DINOv3": (f"{DINOV3}_qkvb", transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, {},
+               {"num_register_tokens": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_files_of_transformers(tmp_path, family):
+    """Features are those that transformers' own model gives."""
+    name, config, model, kwargs, more = FAMILIES[family]
+    torch.manual_seed(0)
+    theirs = model(config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192,
+                          image_size=32, patch_size=8, **more)).eval()  # fmt: skip
+    for weight in theirs.parameters():
+        weight.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = build_backbone(name, {**TINY, **kwargs}, tmp_path / "theirs" / "model.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    wanted = theirs(images).last_hidden_state
+    if family == "CLIP":  # whose last norm is of the class token alone
+        wanted = ours.norm(wanted)
+    torch.testing.assert_close(ours.forward_features(images), wanted, atol=1e-4, rtol=1e-4)
+    assert fingerprint(build_backbone(name, {**TINY, **kwargs}, tmp_path / "theirs")) == fingerprint(ours)
 
 
 def test_a_layer_before_the_classifier_has_an_effect_with_the_classifier_alone(tmp_path):
