@@ -1,8 +1,18 @@
 """Networks: softmax ViTs, their linear-attention counterparts, and what reads them. Knows nothing of training."""
 
-from .backbones import architecture, build_backbone, check_image_size, fingerprint, read_weights, take_any_size
+from .backbones import (
+    architecture,
+    build_backbone,
+    check_image_size,
+    fingerprint,
+    match_dtypes,
+    notes,
+    take_any_size,
+)
+from .checkpoints import read_weights
 from .export import load, read_config, save
 from .heads import HEADS, IGNORE, Head, build_head
+from .hub import unsoftmax
 from .linear_attention import LinearAttention
 from .linearize import (
     ViT,
@@ -39,7 +49,9 @@ __all__ = [
     "linear_blocks",
     "linearize",
     "load",
+    "match_dtypes",
     "note_image_size",
+    "notes",
     "read_config",
     "read_weights",
     "rotary_embeddings",
@@ -47,4 +59,5 @@ __all__ = [
     "take_any_size",
     "tap_names",
     "taps",
+    "unsoftmax",
 ]

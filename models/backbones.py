@@ -1,10 +1,14 @@
 """A softmax ViT from a timm name: pretrained from the hub, from a local file, or untrained."""
 
+import difflib
 import hashlib
+import inspect
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,11 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from timm.layers.format import Format
-from timm.models import VisionTransformer, load_state_dict
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+
+from .checkpoints import Shapes, fit, one_line, open_weights, pair
 
 
 def build_backbone(
@@ -24,50 +30,87 @@ def build_backbone(
     weights: str | Path | None = None,
     pretrained: bool = True,
     image_size: int | tuple[int, int] | None = None,
+    weights_key: str | None = None,
 ) -> nn.Module:
     """A timm model, in eval mode, fp32, on the CPU.
 
+    timm's own notes on the weights, and what has to be assumed of a file, are given as warnings.
+
     Args:
-        name: timm's name, with or without the pretrained tag.
-        kwargs: architecture overrides for `timm.create_model` (`patch_size`, `depth`, `num_classes`, ...).
-        weights: a local `.safetensors`, `.pth` or `.bin` file instead of the hub. Position embeddings are resized,
-            and the original names of DINOv2, CLIP, SigLIP and others translated, by timm's own filter.
+        name: timm's name, with or without the pretrained tag, also as the hub writes it (`timm/...`); or
+            `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, described there by a config.json of timm's.
+        kwargs: architecture overrides for `timm.create_model` (`patch_size`, `depth`, `num_classes`, ...). Beside
+            `image_size`, `img_size` is the size that local weights were trained at.
+        weights: a local file instead of the hub, of safetensors or torch.save, or the folder of a softmax export.
+            Prefixes (`module.teacher.backbone.`) are found, position embeddings resized, and the original names of
+            DINOv2, CLIP, SigLIP and others translated by timm's own filter.
         pretrained: without `weights`, take the weights from the hub; False leaves them random.
         image_size: pixels, a side or (height, width); the backbone's own by default.
+        weights_key: the prefix to read where a file holds several networks, such as `teacher.backbone`.
 
     Raises:
-        ValueError: unknown name, overrides or size that do not fit, a file that does not fit (first keys named), or
-            weights that cannot be had from the hub.
+        ValueError: unknown name; overrides or size that do not fit, or a network that does not take RGB images; a file
+            that does not fit (first keys named), fits in several ways, has weights that the network has no place for,
+            or holds a converted model; weights that cannot be had from the hub.
         FileNotFoundError: no such file.
     """
-    kwargs = dict(kwargs or {})
+    given = dict(kwargs or {})
+    _check_kwargs(given)
+    arch, full = _resolve(name, given)
     if image_size is not None:
-        kwargs["img_size"] = image_size
-    if not timm.is_model(name.split(".")[0]) and not name.startswith(("hf-hub:", "local-dir:")):
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3])
-        raise ValueError(f"teacher.name {name!r}: timm has no such model{f', but for example {near}' if near else ''}")
-    state = None
+        full["img_size"] = image_size
     if weights is not None:
-        state, pretrained = read_weights(weights), False
-        if "num_classes" not in kwargs:  # the file knows whether it has a head, and of which size
-            head = state.get("head.weight")
-            kwargs["num_classes"] = len(head) if head is not None and head.ndim == 2 and head.numel() else 0
-    try:
-        with _hub_without_long_waits() if pretrained or name.startswith("hf-hub:") else nullcontext():
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except Exception as error:
-        if isinstance(error, NOT_BUILT) and not isinstance(error, OSError):
-            said = f"teacher.name {name!r}: timm cannot build it with teacher.kwargs {kwargs} ({_one_line(error)})"
-        else:
-            said = (
-                f"teacher.name {name!r}: its weights cannot be had from the hub ({_one_line(error)}); "
-                "download them elsewhere and give the file with --teacher.weights FILE"
-            )
-        raise ValueError(said) from error
-    check_image_size(model, kwargs.get("img_size"))
-    if state is not None:
-        _load(model, state, weights)
+        file, pretrained = open_weights(weights), False
+        if "img_size" in given and file.trained_at is None:
+            size = pair(given["img_size"])
+            file.trained_at, file.built_at = (None, size) if image_size is None else (size, None)
+        if "global_pool" in given or "gap" in arch.split("_"):  # SigLIP's tokens, without what pools them
+            file.may_stay += ("attn_pool.",)
+
+        @cache
+        def shapes(num_classes: int, arch: str = arch) -> nn.Module:
+            with torch.device("meta"):
+                model = _create(name, arch, full | {"num_classes": num_classes}, given)
+            check_image_size(model, full.get("img_size"))
+            return model
+
+        def variants() -> Iterator[tuple[str, Shapes]]:
+            words = set(arch.split(".")[0].split("_"))
+            for other in timm.list_models():
+                if len(words ^ set(other.split("_"))) == 1:
+                    try:
+                        shapes(0, other)
+                    except ValueError:
+                        continue
+                    yield other, partial(shapes, arch=other)
+
+        state, num_classes = fit(file, shapes, given.get("num_classes"), weights_key, variants)
+        full["num_classes"] = num_classes
+    # timm takes any file for a network with another number of classes, whatever it lacks: give it its own number.
+    classes = full.pop("num_classes", None) if pretrained else None
+    model = _create(name, arch, full, given, pretrained)
+    if classes not in (None, model.num_classes):
+        model.reset_classifier(classes)
+    check_image_size(model, full.get("img_size"))
+    if weights is not None:
+        model.load_state_dict(state)
+    for note in notes(name, given) if weights is not None or pretrained else ():
+        warnings.warn(f"teacher.name {name}: {note}", stacklevel=2)
     return model.eval()
+
+
+def notes(name: str, kwargs: Mapping[str, Any] | None = None) -> list[str]:
+    """What timm notes of the weights behind a name, such as another activation that they want; see `build_backbone`."""
+    arch, tag = _plain(name).partition(".")[::2]
+    config = timm.get_pretrained_cfg(_plain(name), allow_unregistered=True) if timm.is_model(arch) else None
+    found = list((config and config.notes) or ())
+    for i, note in enumerate(found):
+        if "quickgelu" in note.lower().replace("_", ""):
+            if "quick" in str((kwargs or {}).get("act_layer", "")) or "quickgelu" in arch:
+                found[i] = ""
+            elif near := [n for n in timm.list_models("*quickgelu*") if n.replace("_quickgelu", "") == arch]:
+                found[i] = f"{note}: {near[0]}{f'.{tag}' if tag else ''}"
+    return [note for note in found if note]
 
 
 def architecture(name: str, kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -76,19 +119,154 @@ def architecture(name: str, kwargs: Mapping[str, Any] | None = None) -> tuple[st
     Returns:
         timm's own name and all overrides, of which `hf-hub:` and `local-dir:` models bring some of their own.
     """
-    source, _, place = name.partition(":")
-    describe = {"hf-hub": load_model_config_from_hf, "local-dir": load_model_config_from_path}.get(source)
-    if describe is None:
-        return name, dict(kwargs or {})
-    _, name, own = describe(place)
-    return name, {**(own or {}), **(kwargs or {})}
+    arch, full = _resolve(name, kwargs or {})
+    return arch, {key: value for key, value in full.items() if key in (kwargs or {}) or key not in _DESCRIPTION}
+
+
+def match_dtypes(model: nn.Module) -> None:
+    """Give buffers that are joined with parameters the dtype of these; call it after parameters alone were cast.
+
+    DeepSpeed casts so. timm's `EvaAttention` joins its key bias, a buffer of zeros, with the other biases: in fp32
+    beside bf16 its softmax attention cannot run.
+    """
+    for module in model.modules():
+        if isinstance(module, EvaAttention) and module.k_bias is not None:
+            module.k_bias = module.k_bias.to(module.q_bias.dtype)
 
 
 NOT_BUILT = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+LIKE = 0.7  # from this likeness on a name is offered for another
+_DESCRIPTION = ("pretrained_cfg", "pretrained_model_args")
+_ELSEWHERE = {
+    "checkpoint_path": "give the file as teacher.weights",
+    "pretrained": "say teacher.pretrained",
+    "features_only": "leave it out: a ViT is converted, not a feature extractor",
+}
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for overrides that timm takes, and that make something other than the network meant."""
+    for key, remedy in _ELSEWHERE.items():
+        if key in kwargs:
+            raise ValueError(f"teacher.kwargs {key}: {remedy}")
+    classes = kwargs.get("num_classes")
+    if classes is not None and (not isinstance(classes, int) or classes < 0):
+        raise ValueError(f"teacher.kwargs num_classes {classes!r}: a number of classes, or 0 for no head")
+
+
+def _plain(name: str) -> str:
+    """timm's own name of what the hub calls `timm/NAME`."""
+    own = name.removeprefix("timm/")
+    return own if own != name and timm.is_model(own.split(".")[0]) else name
+
+
+def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """timm's own name and all that `timm.create_model` needs beside it.
+
+    Raises:
+        ValueError: there is no such model, tag or place (the nearest are named), or it cannot be had.
+    """
+    source, colon, place = name.partition(":")
+    describe = {"hf-hub": load_model_config_from_hf, "local-dir": load_model_config_from_path}.get(source)
+    if describe is not None:
+        try:
+            with hub_without_long_waits() if source == "hf-hub" else nullcontext():
+                config, arch, own = describe(place)
+        except OSError as error:
+            if source == "local-dir":
+                raise ValueError(f"teacher.name {name!r}: no such folder with a config.json of timm's") from error
+            near = _nearest(place.removeprefix("timm/"), timm.list_models(pretrained=True)) if "timm/" in place else ""
+            raise ValueError(f"{_not_from_the_hub(name, error)}{near.replace('but', 'or mean')}") from error
+        except Exception as error:
+            raise ValueError(f"teacher.name {name!r}: its config.json is not timm's ({one_line(error)})") from error
+        if arch == "unsoftmax":
+            raise ValueError(
+                f"teacher.name {name!r}: an export, not a teacher; continue it as student.parent, or if its attention "
+                "is softmax give it as teacher.weights"
+            )
+        if not timm.is_model(arch):
+            raise ValueError(f"teacher.name {name!r}: describes {arch!r}, which this timm does not have")
+        own = dict(own or {})
+        return arch, {"pretrained_cfg": config, "pretrained_model_args": own, **own, **kwargs}
+    plain = _plain(name)
+    arch, _, tag = plain.partition(".")
+    if colon or "/" in plain or "\\" in plain:
+        if colon:
+            near = difflib.get_close_matches(source, ("hf-hub", "local-dir"), 1, 0.3) or ["hf-hub"]
+            said = f"a place is hf-hub:OWNER/NAME or local-dir:FOLDER, here perhaps {near[0]}:{place}"
+        else:
+            said = f"write hf-hub:{name} for a model on the hub, local-dir:{name} for a folder"
+        raise ValueError(f"teacher.name {name!r}: timm has no such model; {said}")
+    if not timm.is_model(arch):
+        raise ValueError(f"teacher.name {name!r}: timm has no such model{_nearest(arch, timm.list_models())}")
+    tags = [n.partition(".")[2] for n in timm.list_models(f"{arch}.*", include_tags=True)]
+    if tag and tag not in tags:
+        near = _nearest(tag, tags) or (f", but {', '.join(tags[:3])}" if tags else "; leave it out")
+        raise ValueError(
+            f"teacher.name {name!r}: timm cannot build it with weights {tag!r}, it has none so named{near}"
+        )
+    return plain, dict(kwargs)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    """The words most like `word`, or that begin most like it, for the end of a message."""
+    matcher = difflib.SequenceMatcher(b=word)
+
+    def likeness(other: str) -> float:
+        scores = []
+        for part in (other, other[: len(word)]):
+            matcher.set_seq1(part)
+            scores.append(matcher.ratio() if matcher.real_quick_ratio() > LIKE else 0)
+        return max(scores)
+
+    scores = {other: likeness(other) for other in words}
+    near = [other for other in sorted(words, key=scores.__getitem__, reverse=True)[:3] if scores[other] > LIKE]
+    near = near or [other for other in words if word in other][:3]
+    return f", but for example {', '.join(near)}" if near else ""
+
+
+def _not_from_the_hub(name: str, error: Exception) -> str:
+    return (
+        f"teacher.name {name!r}: its weights cannot be had from the hub ({one_line(error)}); "
+        "download them elsewhere and give the file with --teacher.weights FILE"
+    )
+
+
+def _create(
+    name: str, arch: str, full: Mapping[str, Any], given: Mapping[str, Any], pretrained: bool = False
+) -> nn.Module:
+    """`timm.create_model`; raises ValueError in terms of what was `given` as `name` and overrides."""
+    channels = full.get("in_chans", 3)
+    if channels != 3:
+        raise ValueError(f"teacher.kwargs in_chans {channels}: images have 3 channels here; leave it out")
+    try:
+        with hub_without_long_waits() if pretrained else nullcontext():
+            model = timm.create_model(arch, pretrained=pretrained, **full)
+    except Exception as error:
+        if isinstance(error, NOT_BUILT) and not isinstance(error, OSError):
+            why = f"{one_line(error)}{_meant(arch, error)}"
+            said = f"teacher.name {name!r}: timm cannot build it with teacher.kwargs {dict(given)} ({why})"
+        else:
+            said = _not_from_the_hub(name, error)
+        raise ValueError(said) from error
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise ValueError(f"teacher.name {name!r}: takes images of {channels} channels, and they have 3 here")
+    return model
+
+
+def _meant(arch: str, error: Exception) -> str:
+    """The argument that a misspelt one was to be, from timm's own signatures."""
+    wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not wrong:
+        return ""
+    kind = getattr(sys.modules[timm.model_entrypoint(arch.split(".")[0]).__module__], wrong[1], None)
+    near = difflib.get_close_matches(wrong[2], inspect.signature(kind).parameters if kind else (), 1)
+    return f"; perhaps {near[0]} is meant" if near else ""
 
 
 @contextmanager
-def _hub_without_long_waits() -> Iterator[None]:
+def hub_without_long_waits() -> Iterator[None]:
     """huggingface_hub retries an unreachable hub for most of a minute: ask once; no answer, then its cache only."""
     offline = constants.HF_HUB_OFFLINE
     try:
@@ -101,101 +279,6 @@ def _hub_without_long_waits() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors`, `.pth`, `.pt` or `.bin` file, wrappers such as `state_dict` removed.
-
-    Nothing is executed: pickles are read with `weights_only=True`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds something other than plain tensors by name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    try:
-        state = load_state_dict(str(path), device="cpu", weights_only=True)
-        assert all(isinstance(value, Tensor) for value in state.values())
-    except (AttributeError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path}: holds no state dict of tensors; save one with safetensors or torch.save") from error
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as weights: {_unreadable(path, error)}") from error
-    if not state:
-        raise ValueError(f"{path}: holds no state dict of tensors; save one with safetensors or torch.save")
-    for key, value in state.items():
-        stored = value.layout == torch.strided and value.device.type == "cpu" and value.untyped_storage().nbytes()
-        if stored is False or stored < value.numel() * value.element_size():
-            raise ValueError(f"{path}: {key} is no plain tensor with all its values; {_SAVE_AGAIN}")
-    return state
-
-
-_SAVE_AGAIN = "where you trust its source, save its state dict alone, with safetensors"
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    """Why, and what to do, in few words; torch's own advice is to read it unsafely."""
-    if path.suffix == ".safetensors":
-        said = _one_line(error).removeprefix("Error while deserializing header: ")[:100]
-        return f"no safetensors file, or damaged ({said}); get it again, or name it .pth if torch.save wrote it"
-    code = re.search(r"Unsupported globals: ([^ ,]+?)[.,]? |GLOBAL (\S+)", f"{error} {error.__cause__}")
-    if code:
-        name = code[1] or code[2]
-        return f"it holds Python objects ({name}), which could run code, and none was run; {_SAVE_AGAIN}"
-    if "weights_only" in str(error) and error.__cause__ is None:
-        return f"a TorchScript program or an archive of old, which could run code, and none was run; {_SAVE_AGAIN}"
-    return "neither written by torch.save nor safetensors, or damaged; get it again"
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:
-        deit3 = {"adapt_layer_scale": True} if isinstance(model, VisionTransformer) else {}
-        try:
-            state = translate(state, model, **deit3)
-        except Exception as error:
-            raise ValueError(f"{path}: does not fit the model ({_one_line(error)}); {_MEND}") from error
-    # As with weights from the hub, what the user built the model without is left in the file.
-    own = model.state_dict()
-    for part in ("head.", "attn_pool."):
-        if not any(key.startswith(part) for key in own):
-            state = {key: value for key, value in state.items() if not key.startswith(part)}
-    check_fit(model, state, path, _MEND)
-    check_finite(state, path)
-    model.load_state_dict(state)
-
-
-_MEND = "mend teacher.name or teacher.kwargs"
-
-
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, remedy: str) -> None:
-    """Raises ValueError, naming the first keys, unless `state`, read from `path`, is a state dict of `model`."""
-    own = model.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
-        "of another kind of number": [
-            f"{key} {state[key].dtype}".replace("torch.", "")
-            for key in own
-            if key in state and state[key].is_floating_point() != own[key].is_floating_point()
-        ],
-    }
-    said = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in problems.items() if keys]
-    if said:
-        raise ValueError(f"{path}: does not fit the model: {'; '.join(said)}; {remedy}")
-
-
-def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises ValueError, naming the first of them, when weights read from `path` are NaN or infinite."""
-    for key, value in state.items():
-        if value.is_floating_point() and not (value.float() if value.element_size() == 1 else value).isfinite().all():
-            raise ValueError(f"{path}: {key} is not finite; the file is damaged, or its training diverged: use another")
-
-
 def check_image_size(
     model: nn.Module, image_size: int | Sequence[int] | None, setting: str = "data.image_size"
 ) -> None:
@@ -204,8 +287,7 @@ def check_image_size(
     patch_size = getattr(patch_embed, "patch_size", None)
     if image_size is None or patch_size is None or getattr(patch_embed, "dynamic_img_pad", False):
         return
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if any(s % p for s, p in zip(size, patch_size, strict=True)):
+    if any(s % p for s, p in zip(pair(image_size), patch_size, strict=True)):
         raise ValueError(f"{setting} {image_size}: not a multiple of the patch size {patch_size[0]}")
 
 
@@ -231,8 +313,3 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from models import architecture, build_backbone, check_image_size, fingerprint, read_weights
+from models import architecture, build_backbone, check_image_size, fingerprint, match_dtypes, notes, read_weights
 
 ROOT = Path(__file__).parents[2]
 NAME = "vit_tiny_patch16_224"
@@ -291,7 +292,7 @@ def test_damaged_files(tmp_path, suffix, content):
     one_line(error)
 
 
-@pytest.mark.parametrize("content", [{}, [torch.zeros(1)], {"state_dict": {"a": 1}}, {"a": {"b": torch.zeros(1)}}])
+@pytest.mark.parametrize("content", [{}, [torch.zeros(1)], {"state_dict": {"a": 1}}, {3: {"b": torch.zeros(1)}}])
 def test_files_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth: "):
@@ -310,7 +311,18 @@ def test_missing_file(tmp_path):
         ("vit_tiny_patch16_225", {}, r"teacher\.name 'vit_tiny_patch16_225': timm has no such model.*vit_"),
         ("nonsense", {}, r"timm has no such model$"),
         (f"{NAME}.nonsense", {}, r"timm cannot build it .*nonsense"),
-        (NAME, {"depht": 2}, r"timm cannot build it with teacher\.kwargs .*depht"),
+        ("vit_tinny", {}, "but for example vit_tiny_patch16_224"),
+        ("dinov2", {}, "but for example vit_base_patch14_dinov2"),
+        ("vit_small_patch14_dinov2.lvd14m", {}, "'lvd14m', it has none so named, but for example lvd142m"),
+        ("facebook/dinov2-small", {}, "write hf-hub:facebook/dinov2-small for a model on the hub"),
+        ("hf_hb:timm/vit_tiny", {}, "here perhaps hf-hub:timm/vit_tiny"),
+        ("local-dir:nowhere", {}, "no such folder with a config.json of timm's"),
+        (NAME, {"depht": 2}, r"timm cannot build it with teacher\.kwargs .*depht.*perhaps depth is meant"),
+        ("eva02_tiny_patch14_224", {"embed_dims": 48}, "perhaps embed_dim is meant"),
+        (NAME, {"in_chans": 1}, r"teacher\.kwargs in_chans 1: images have 3 channels here"),
+        (NAME, {"num_classes": -1}, r"teacher\.kwargs num_classes -1: a number of classes, or 0"),
+        (NAME, {"checkpoint_path": "w.pth"}, r"teacher\.kwargs checkpoint_path: give the file as teacher\.weights"),
+        (NAME, {"features_only": True}, r"teacher\.kwargs features_only: leave it out"),
         (NAME, {"num_heads": 5}, r"should be divisible by num_heads"),
         ("resnet18", {"img_size": 32}, r"img_size"),
     ],
@@ -327,6 +339,65 @@ def test_overrides_that_do_not_fit_the_pretrained_weights_are_not_the_hubs_fault
     with pytest.raises(ValueError, match=r"timm cannot build it with teacher\.kwargs .*size mismatch") as error:
         build_backbone(NAME, kwargs)
     assert "\n" not in str(error.value)
+
+
+def test_the_name_as_the_hub_writes_it():
+    built = build_backbone(f"timm/{NAME}.augreg_in21k", TINY, pretrained=False)
+    assert built.pretrained_cfg["tag"] == "augreg_in21k"
+    assert architecture(f"timm/{NAME}", {"depth": 2}) == (NAME, {"depth": 2})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "vit"}, "its config.json is not timm's"),
+        ({"architecture": "vit_nonsense", "pretrained_cfg": {}}, "describes 'vit_nonsense', which this timm does not"),
+        ({"architecture": NAME, "pretrained_cfg": {"input_size": [1, 32, 32], "fixed_input_size": True}},
+         "takes images of 1 channels"),
+    ],
+)  # fmt: skip
+def test_folders_that_describe_something_else(tmp_path, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said) as error:
+        build_backbone(f"local-dir:{tmp_path}", pretrained=False)
+    one_line(error)
+
+
+def test_pretrained_weights_are_all_there_whatever_the_number_of_classes(tmp_path):
+    """timm itself leaves blocks random, without a word, that a file does not have, when the classes are others."""
+    vit = build(num_classes=1000)
+    save_file(vit.state_dict(), tmp_path / "w.safetensors")
+    kwargs = {**TINY, "pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}, "num_classes": 7}
+    built = build_backbone(NAME, kwargs)
+    assert built.head.out_features == built.num_classes == 7
+    assert fingerprint(built.blocks) == fingerprint(vit.blocks)
+    with pytest.raises(ValueError, match=r"timm cannot build it .*Missing key.*blocks\.2"):
+        build_backbone(NAME, {**kwargs, "depth": 3})
+
+
+def test_timms_notes_are_shown_with_the_variant_that_they_want(tmp_path):
+    name = "vit_base_patch16_clip_224.openai"
+    save_file(build(name).state_dict(), tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match=r"QuickGELU.*: vit_base_patch16_clip_quickgelu_224\.openai"):
+        build_backbone(name, TINY, tmp_path / "w.safetensors")
+    assert "vit_base_patch16_clip_quickgelu_224.openai" in notes(f"timm/{name}")[0]
+    with warnings.catch_warnings(action="error"):
+        build_backbone(name, TINY, pretrained=False)
+        build_backbone(name, {**TINY, "act_layer": "quick_gelu"}, tmp_path / "w.safetensors")
+        build_backbone("vit_base_patch16_clip_quickgelu_224.openai", TINY, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb", NAME])
+@torch.no_grad()
+def test_softmax_blocks_after_their_parameters_alone_were_cast(name):
+    """As DeepSpeed casts them; the key's bias of timm's EVA is a buffer."""
+    vit = build(name)
+    x = torch.rand(1, 3, 32, 32)
+    wanted = vit.forward_features(x)
+    for weight in vit.parameters():
+        weight.data = weight.data.bfloat16()
+    match_dtypes(vit)
+    torch.testing.assert_close(vit.forward_features(x.bfloat16()).float(), wanted, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("size", [30, (32, 36)])

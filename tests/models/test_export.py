@@ -6,13 +6,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
-from models import fingerprint, linear_blocks, linearize, load, read_config, save
+from models import Segmenter, build_head, fingerprint, linear_blocks, linearize, load, read_config, save
 
 ROOT = Path(__file__).parents[2]
 NAME = "vit_tiny_patch16_224"
@@ -110,6 +113,75 @@ def test_no_export_there(tmp_path):
         load(tmp_path)
 
 
+def test_folders_beside_an_export_name_it(tmp_path):
+    made = export(tmp_path / "stage2" / "export", build())
+    step = tmp_path / "stage2" / "checkpoints" / "step-00000010"
+    step.mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "stage2", step.parent, step):
+        with pytest.raises(FileNotFoundError, match=f"no export there .*; the export here is {made}$"):
+            load(folder)
+    with pytest.raises(FileNotFoundError, match=f"no export there .*; its folder is {made}$"):
+        load(made / "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [None, (32, 64)])
+def test_timm_preprocesses_a_photograph_as_the_export_was_trained(tmp_path, size):
+    given = {"image_size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "crop_pct": 0.8}
+    classes = ["cat", "dog", "owl", "pig", "yak"]
+    save(tmp_path / "export", build().state_dict(), {**config(build()), "input": given, "classes": classes})
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(pixels).save(tmp_path / "photograph.jpg", quality=95)
+
+    vit = load(tmp_path / "export", size)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(vit))
+    with Image.open(tmp_path / "photograph.jpg") as image:
+        images = transform(image.convert("RGB"))[None]
+    with torch.no_grad():
+        best = vit(images).argmax(-1).item()
+    assert vit.pretrained_cfg["label_names"][best] in classes
+
+    if size is None:  # a square of 0.8 of the shorter side, each pixel the mean of 4 x 4
+        with Image.open(tmp_path / "photograph.jpg") as image:
+            middle = torch.tensor(np.asarray(image)[16:144, 56:184] / 255, dtype=torch.float32).permute(2, 0, 1)
+        mean, std = (torch.tensor(given[key]).view(3, 1, 1) for key in ("mean", "std"))
+        wanted = (torch.nn.functional.avg_pool2d(middle, 4) - mean) / std
+        torch.testing.assert_close(images[0], wanted, atol=0.02, rtol=0)
+    assert images.shape == (1, 3, *(size or (32, 32)))
+    said = timm.data.resolve_model_data_config(vit, use_test_size=True)
+    assert said == timm.data.resolve_model_data_config(vit) and said["crop_pct"] == 0.8
+    assert not vit.pretrained_cfg.keys() & {"url", "hf_hub_id", "tag", "notes"}
+
+
+def test_what_the_export_says_of_its_images(tmp_path):
+    without = {key: value for key, value in config(build()).items() if key != "input"}
+    save(tmp_path, build().state_dict(), without)
+    assert timm.data.resolve_model_data_config(load(tmp_path))["input_size"] == (3, 32, 32)
+    given = {**config(build())["input"], "interpolation": "bicubic"}
+    save(tmp_path, build().state_dict(), {**without, "input": given})
+    assert timm.data.resolve_model_data_config(load(tmp_path))["interpolation"] == "bicubic"
+    with pytest.raises(ValueError, match="classes: 2 for a head of 5 classes"):
+        save(tmp_path, build().state_dict(), {**without, "classes": ["cat", "dog"]})
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        mark = json.loads(file.metadata()["unsoftmax"])
+    assert mark["linear_blocks"] == [0, 1, 2] and mark["image_size"] == 32 and len(mark["lineage"]) == 64
+
+
+def test_a_segmenter_tells_its_classes(tmp_path):
+    vit = timm.create_model(NAME, **{**KWARGS, "num_classes": 0})
+    model = Segmenter(linearize(vit), build_head("linear", 48, 2))
+    palette = [[0, 0, 0], [255, 0, 0]]
+    save(tmp_path, model.state_dict(), {
+        **config(vit), "attention": {"feature_map": "elu1", "linear_blocks": [0, 1, 2]}, "classes": ["road", "sky"],
+        "backbone": {"name": NAME, "kwargs": {**KWARGS, "num_classes": 0}}, "palette": palette,
+        "segmentation": {"head": "linear", "num_classes": 2, "kwargs": {}},
+    })  # fmt: skip
+    loaded = load(tmp_path)
+    assert (loaded.classes, loaded.palette) == (["road", "sky"], palette)
+    said = timm.data.resolve_model_data_config(loaded)
+    assert said["input_size"] == (3, 32, 32) and tuple(said["mean"]) == (0.5, 0.5, 0.5)
+    assert loaded.pretrained_cfg["label_names"] == ("road", "sky") and loaded.pretrained_cfg["num_classes"] == 2
+
+
 def edit(**changes):
     def damage(folder):
         text = json.loads((folder / "config.json").read_text())
@@ -180,7 +252,14 @@ LINEAR = {"feature_map": "elu1", "linear_blocks": [0, 1, 2]}
         (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "img_size": 10**6}}), r"of another shape \(pos_embed"),
         (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "num_heads": 0}}), r"config\.json: no model .*Zero"),
         (edit(backbone={"name": NAME, "kwargs": {**KWARGS, "mlp_ratio": 1e400}}), "kwargs: mlp_ratio inf"),
+        (edit(input={"mean": [0.5]}), r"config\.json: no model .*input: mean \[0\.5\]"),
+        (edit(input={"std": [0.5, 0.0, 0.5]}), "input: std"),
+        (edit(input={"interpolation": "/etc"}), "input: interpolation"),
+        (edit(input=[]), r"config\.json: damaged, its input is \[\]"),
+        (edit(classes="abc"), r"config\.json: damaged, its classes is 'abc'"),
+        (edit(classes=[1, 2]), r"classes \[1, 2\]"),
         (edit(lineage={"stages": ["1"]}), "is not as it was written; make the export again"),
+        (edit(pretrained_cfg={"mean": [0.0] * 3}), "is not as it was written"),
         (flip, "is not as it was written; make the export again"),
         (diverged, r"model\.safetensors: blocks\.1\.mlp\.fc1\.weight is not finite"),
     ],

@@ -1,0 +1,54 @@
+"""Exports by timm's own ways: `timm.create_model("local-dir:EXPORT", pretrained=True)`, or `"hf-hub:OWNER/NAME"`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models import register_model
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from .export import build, download, load, read_config
+from .segmenter import backbone_of
+
+
+@register_model
+def unsoftmax(
+    pretrained: bool = False,
+    pretrained_cfg: dict[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_model_args: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] = 3,
+) -> nn.Module:
+    """What `load` gives; timm's entry point for the architecture that an export's config.json names.
+
+    Args:
+        pretrained: False leaves the weights random.
+        pretrained_cfg: timm's, which says where the export is.
+        img_size: pixels; as exported by default.
+        num_classes: another number than the export's gives a new classifier.
+        features_only: a model that gives maps of patch features [B, D, h, w] of the blocks `out_indices`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load`; or there is no export behind the name.
+    """
+    place = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
+    if place.get("source") == "local-dir":
+        folder = Path(place["file"])
+    elif place.get("source") == "hf-hub":
+        folder = download(place["hf_hub_id"], cache_dir, weights=pretrained)
+    else:
+        raise ValueError("unsoftmax is no model of its own; give an export, local-dir:FOLDER or hf-hub:OWNER/NAME")
+    model = load(folder, img_size) if pretrained else build(read_config(folder), img_size)
+    vit = backbone_of(model)
+    if num_classes not in (None, vit.num_classes):
+        vit.reset_classifier(num_classes)
+    if not features_only:
+        return model
+    features = FeatureGetterNet(vit, out_indices)
+    features.pretrained_cfg = features.default_cfg = vit.pretrained_cfg
+    return features
