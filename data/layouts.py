@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from data.corrupt import SEVERITIES
-from data.sources import ImageFolder, read_image
+from data.images import read_image
+from data.paths import existing_folder
+from data.sources import ImageFolder
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -80,9 +82,7 @@ def open_source(
         FileNotFoundError: no such folder, or a file of the layout is missing.
         ValueError: no such layout or split, or a file in it is damaged or leads outside the folder.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give a folder of images, or an unpacked data set")
+    root = existing_folder(root, "give a folder of images, or an unpacked data set")
     if layout not in (None, "folder", *LAYOUTS):
         raise ValueError(f"layout {layout!r}: must be folder, {', '.join(LAYOUTS)}")
     found = layout or next((name for name, (marks, _, _) in LAYOUTS.items() if marks(root)), "folder")
