@@ -155,7 +155,7 @@ def _work(read: Samples, fields, metadata, allocator, taken, done, messages, par
     pixels = np.zeros(256, np.int64)
     try:
         if not alone:
-            reopen()
+            reopen(ours={messages._reader.fileno(), messages._writer.fileno()})
         with allocator:
             while os.getppid() == parent:
                 with taken.get_lock():

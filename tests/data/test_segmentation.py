@@ -15,8 +15,9 @@ from PIL import Image
 
 from data import IGNORE, inspect, original_loader, train_loader
 from data.augment import distort, masked_view, uniform
+from data.class_table import TABLES, default_palette, read_table
 from data.runs import encode_runs, read_runs
-from data.segmentation import TABLES, default_palette, open_pairs, read_table
+from data.segmentation import open_pairs
 from data.write import main, write
 
 RNG = np.random.default_rng(0)
@@ -389,6 +390,10 @@ def other_label(root: Path) -> None:
     save_mask(root / "masks/2.png", np.full((8, 15), 8))
 
 
+def twins(root: Path) -> None:
+    save_image(root / "images/2.bmp", (8, 15))
+
+
 def jpeg(root: Path) -> None:
     (root / "masks/2.png").rename(root / "masks/2.jpg")
 
@@ -416,6 +421,7 @@ def table(text: str):
         (no_mask, r"images/2\.png: has no mask in .*masks; add or remove"),
         (no_image, r"masks/3\.png: has no image in .*images; add or remove"),
         (other_label, r"masks/2\.png has label 8, which is not in the class table"),
+        (twins, r"images/2\.bmp and .*images/2\.png: are two files of one name"),
         (jpeg, r"masks/2\.jpg: a mask stored as JPG, which changes labels"),
         (hidden_jpeg, r"masks/2\.png is stored as JPEG, which changes labels"),
         (in_colour, r"masks/2\.png is of colours \(RGB\), not of labels"),
