@@ -247,7 +247,7 @@ def _read_side(path: Path) -> dict | None:
         if not all(isinstance(name, str) for name in [*classes, *mask_classes]):
             raise ValueError("`classes` are not names")
         if len(palette) != len(mask_classes) or not all(_is_colour(colour) for colour in palette):
-            raise ValueError("`palette` is not a colour a class")
+            raise ValueError("`palette` is not one colour per class")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{side}: not such a file ({error}); delete it or {WRITE_AGAIN}") from error
     return content

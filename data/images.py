@@ -4,8 +4,9 @@ An image of more than 8 bits per channel is refused: how its values become 8 bit
 or clip them without a word. Alpha is dropped: the colour that is stored under it is taken. Of an animation the first
 frame is taken.
 
-A mask follows its image by one rule. A mask with an orientation of its own is turned by that. Any other belongs to the
-stored pixels of its image, so it is turned as the image is; unless its size fits the upright image alone.
+A mask follows its image by one rule. A mask with an orientation of its own is turned by that. Of any other the size
+tells whether it was drawn on the stored pixels of its image, so that it is turned as the image is, or on upright ones.
+Where the size does not tell, it belongs to the stored pixels.
 """
 
 import warnings
@@ -103,7 +104,7 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
-def turn_mask(mask: np.ndarray, own: int, orientation: int, size: tuple[int, int]) -> np.ndarray:
+def turn_mask(mask: np.ndarray, own: int, orientation: int, size: tuple[int, int], upright: bool = False) -> np.ndarray:
     """A mask as it belongs to its upright image, by the rule of this module.
 
     Args:
@@ -111,11 +112,34 @@ def turn_mask(mask: np.ndarray, own: int, orientation: int, size: tuple[int, int
         own: EXIF orientation of the mask itself; 1 for none.
         orientation: EXIF orientation that its image was turned by.
         size: (height, width) of the upright image.
+        upright: what to take where the size does not tell: whether other masks show that they were drawn upright.
     """
     if own != 1:
         return turn(mask, own)
-    sides_change = orientation >= 5 and size[0] != size[1]
-    return mask if sides_change and mask.shape == size else turn(mask, orientation)
+    if orientation >= 5 and size[0] != size[1]:
+        upright = mask.shape == size
+    return mask if upright else turn(mask, orientation)
+
+
+def drawn_on(image: Path, mask: Path) -> str | None:
+    """What the sizes of a mask and of its turned image tell: drawn on "stored" or on "upright" pixels, or "either".
+
+    None for a pair that is not in question: without an orientation, or with one of the mask's own, or not readable.
+    """
+    try:
+        with open_image(image) as opened:
+            orientation, size = _orientation(opened), opened.size
+            if orientation == 1 or opened.format == "TIFF":  # whose size Pillow may have turned
+                return None
+        with open_image(mask) as opened:
+            own, its_size = _orientation(opened), opened.size
+    except Exception:  # it is named when it is read
+        return None
+    if own != 1:
+        return None
+    if orientation < 5 or size[0] == size[1]:
+        return "either"
+    return {size: "stored", size[::-1]: "upright"}.get(its_size)
 
 
 def read_labels(path: str | Path) -> tuple[np.ndarray, int]:

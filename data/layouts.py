@@ -73,7 +73,7 @@ def open_source(
 
     Args:
         root: the unpacked data set, as it was distributed; of DomainNet the folder of one domain, beside its lists.
-        layout: a key of `LAYOUTS`, or "folder" for a class a subfolder; by default what the files in it say.
+        layout: a key of `LAYOUTS`, or "folder" for one subfolder per class; by default what the files in it say.
         split: one of the layout's; by default its first.
         corruption: (name, severity), of CIFAR-10-C alone: which images of it.
         unlabelled: of a folder of images alone: take no labels from subfolders.

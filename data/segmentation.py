@@ -3,16 +3,19 @@
 A class table says what the values in a mask's file mean, see `data.class_table`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from data.class_table import TABLES, ClassTable, read_table
-from data.images import read_labels, read_turned, turn_mask
+from data.images import drawn_on, read_labels, read_turned, turn_mask
 from data.paths import existing_folder
 from data.sources import IMAGE_SUFFIXES, find_images, refuse_splits
 
+READERS = 8  # threads that look at images' headers
 __all__ = ["LAYOUTS", "Pairs", "open_pairs", "pair", "read_table"]
 
 _LOSSY = (".avif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".webp")
@@ -24,6 +27,7 @@ class Pairs:
     Attributes:
         mask_classes, palette: of the class table.
         why: what was taken for what, for the screen.
+        upright: whether masks were drawn on upright pixels where their size does not tell, see `data.images`.
         passed_over: files and hidden folders under the images' folder that were not taken.
     """
 
@@ -32,6 +36,7 @@ class Pairs:
     ):
         self.pairs, self.table, self.why, self.passed_over = pairs, table, why, passed_over
         self.mask_classes, self.palette = table.names, table.palette
+        self.upright = _drawn_upright(pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -40,7 +45,7 @@ class Pairs:
         image, mask = self.pairs[index]
         pixels, orientation = read_turned(image)
         try:
-            labels = turn_mask(*read_labels(mask), orientation, pixels.shape[:2])
+            labels = turn_mask(*read_labels(mask), orientation, pixels.shape[:2], self.upright)
             if labels.shape != pixels.shape[:2]:
                 sizes = (" x ".join(map(str, shape)) for shape in (labels.shape[::-1], pixels.shape[1::-1]))
                 raise ValueError("is {} pixels, the image {}".format(*sizes))
@@ -50,6 +55,23 @@ class Pairs:
 
     def name(self, index: int) -> str:
         return str(self.pairs[index][0])
+
+
+def _drawn_upright(pairs: Sequence[tuple[Path, Path]]) -> bool:
+    """Whether masks were drawn on upright pixels, as those tell whose size fits no other. It opens all images.
+
+    Raises:
+        ValueError: some masks tell this and some that, and of some the size does not tell.
+    """
+    found: dict[str | None, list[Path]] = defaultdict(list)
+    with ThreadPoolExecutor(READERS) as pool:
+        for (image, _), drawn in zip(pairs, pool.map(lambda pair: drawn_on(*pair), pairs), strict=True):
+            found[drawn].append(image)
+    if found["stored"] and found["upright"] and found["either"]:
+        one, other, doubtful = (found[kind][0] for kind in ("stored", "upright", "either"))
+        why = f"the mask of {one} was drawn on the stored pixels, that of {other} on pixels turned upright"
+        raise ValueError(f"{doubtful}: has an EXIF orientation that its mask may follow or not: {why}; turn the images")
+    return bool(found["upright"]) and not found["stored"]
 
 
 def open_pairs(

@@ -123,10 +123,15 @@ def find_images(root: Path, by_content: bool = True) -> Found:
 
     Raises:
         ValueError: a link leads back to a folder above it.
+        OSError: a folder cannot be listed.
     """
+
+    def fail(error: OSError) -> None:  # without it a folder would be passed over
+        raise error
+
     found = Found()
     chains = {str(root): (root.resolve(),)}  # where a folder really lies, after those that led to it
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
         inside = Path(folder).relative_to(root)
         found.passed_over += [inside / name for name in sorted(folders) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -16,6 +16,7 @@ from PIL import Image
 from data import IGNORE, inspect, original_loader, train_loader
 from data.augment import distort, masked_view, uniform
 from data.class_table import TABLES, default_palette, read_table
+from data.images import turn
 from data.runs import encode_runs, read_runs
 from data.segmentation import open_pairs
 from data.write import main, write
@@ -151,6 +152,27 @@ def test_a_pair_of_folders(tmp_path):
     table.write_text("7,leaf\n255,edge\n9,\n")  # a value that is ignored by name, and 255 that is not
     dataset = open_pairs(images, masks=masks, classes=table)
     assert np.array_equal(dataset[0]["mask"], np.where(labels == 255, 255, 0))
+
+
+def test_masks_of_turned_photos(tmp_path):
+    """Masks of one set were drawn on stored or on upright pixels: those whose size tells speak for all."""
+    stored = (np.arange(24) // 3 % 2).astype(np.uint8).reshape(4, 6)
+    pixels = Image.fromarray((255 * stored).repeat(3).reshape(4, 6, 3))
+    (tmp_path / "table.csv").write_text("0,a\n1,b\n")
+
+    def agree(upright: set[int]) -> bool:
+        for orientation in range(1, 9):
+            pixels.getexif()[0x112] = orientation
+            (tmp_path / "images").mkdir(exist_ok=True)
+            pixels.save(tmp_path / f"images/{orientation}.png", exif=pixels.getexif())
+            mask = turn(stored, orientation) if orientation in upright else stored
+            save_mask(tmp_path / f"masks/{orientation}.png", mask)
+        dataset = open_pairs(tmp_path / "images", masks=tmp_path / "masks", classes=tmp_path / "table.csv")
+        return all(np.array_equal(item["image"][..., 0] > 0, item["mask"]) for item in dataset)
+
+    assert agree(set()) and agree(set(range(1, 9)))
+    with pytest.raises(ValueError, match=r"images/2\.png: has an EXIF orientation that its mask may follow or not"):
+        agree({5, 6})
 
 
 def test_tables():
@@ -353,7 +375,7 @@ def test_written_and_described(tmp_path, capsys):
     assert again["pixels"] == side["pixels"] and again["sha256"] != side["sha256"]
     content = json.dumps(side | {"palette": [[0, 0]] * 21})
     (tmp_path / "x.beton.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.beton\.json: not such a file \(`palette` is not a colour a class\)"):
+    with pytest.raises(ValueError, match=r"x\.beton\.json: not such a file \(`palette` is not one colour per class\)"):
         inspect(out)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
