@@ -7,8 +7,9 @@ from data import _ffcv  # before all that import FFCV
 from data.augment import lots
 from data.beton import DamagedError, Info, inspect
 from data.decode import IGNORE
-from data.loader import Loader, eval_loader, original_loader, resolve, train_loader
+from data.loader import Loader, eval_loader, original_loader, train_loader
 from data.order import choose_order, epoch_order, windowed_order
+from data.paths import resolve
 
 __all__ = [
     "IGNORE",

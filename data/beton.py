@@ -18,6 +18,7 @@ from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
 
+from data.paths import did_you_mean, expand, kind_of
 from data.runs import LONGEST as RUN_LENGTH
 
 WRITE_AGAIN = "write it again with python -m data.write"
@@ -93,10 +94,14 @@ def open_checked(path: str | Path) -> tuple[Info, dict[str, np.ndarray]]:
     `image` and `mask` uint64 [n], where they are stored; `size` int64 [n, 2], (height, width); `label` int64 [n];
     `checksum` and `mask_checksum` uint64 [n].
     """
-    path = Path(path)
+    path = expand(path)
+    if path.is_dir():
+        name = path.name or "train"
+        mend = f"write it as one with python -m data.write {path} {name}.beton and give {name}.beton"
+        raise FileNotFoundError(f"{path}: is a folder, not a .beton file; {mend}")
     if not path.is_file():
-        what = "is a folder, not a .beton file" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {what}; write one with python -m data.write SOURCE {path}")
+        near = did_you_mean(path, "digits")
+        raise FileNotFoundError(f"{path}: no such file{near}; write one with python -m data.write SOURCE {path}")
     side = _read_side(path)
     size = path.stat().st_size
     recorded = side.get("bytes", size) if side else size
@@ -108,6 +113,9 @@ def open_checked(path: str | Path) -> tuple[Info, dict[str, np.ndarray]]:
         raise _truncated(path, size, HeaderType.itemsize)
     header = np.fromfile(path, dtype=HeaderType, count=1)[0]
     if header["version"] != CURRENT_VERSION:
+        kind = kind_of(path)
+        if kind:
+            raise ValueError(f"{path}: is {kind}, not a .beton file; write its images as one with python -m data.write")
         raise ValueError(f"{path}: not a .beton file of version {CURRENT_VERSION}; {WRITE_AGAIN}")
     table_start, num_samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
     if table_start == 0:
@@ -239,7 +247,7 @@ def _read_side(path: Path) -> dict | None:
         if not all(isinstance(name, str) for name in [*classes, *mask_classes]):
             raise ValueError("`classes` are not names")
         if len(palette) != len(mask_classes) or not all(_is_colour(colour) for colour in palette):
-            raise ValueError("`palette` is not a colour a class")
+            raise ValueError("`palette` is not one colour per class")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{side}: not such a file ({error}); delete it or {WRITE_AGAIN}") from error
     return content

@@ -81,7 +81,7 @@ def impulse_noise(x: np.ndarray, amount: float, rng: np.random.Generator) -> np.
 
 
 def contrast(x: np.ndarray, c: float, rng: np.random.Generator) -> np.ndarray:
-    """(x - mean) c + mean, a channel."""
+    """(x - mean) c + mean, per channel."""
     mean = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * c + mean
 

@@ -1,7 +1,7 @@
 """FFCV decoders: a stored image, and the mask beside it, -> a view of both.
 
-Image and mask go through one decoder, so that they have the same crop, size and flip: what it writes for a sample is
-the view's RGB pixels and, where masks are asked for, behind them its labels.
+Image and mask go through one decoder, so that they have the same crop, size and flip. For each sample it writes the
+view's RGB pixels. Where masks are asked for, the mask's labels follow them.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from data.corrupt import SEVERITIES
-from data.sources import ImageFolder, read_image
+from data.images import read_image
+from data.paths import existing_folder
+from data.sources import ImageFolder
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -71,7 +73,7 @@ def open_source(
 
     Args:
         root: the unpacked data set, as it was distributed; of DomainNet the folder of one domain, beside its lists.
-        layout: a key of `LAYOUTS`, or "folder" for a class a subfolder; by default what the files in it say.
+        layout: a key of `LAYOUTS`, or "folder" for one subfolder per class; by default what the files in it say.
         split: one of the layout's; by default its first.
         corruption: (name, severity), of CIFAR-10-C alone: which images of it.
         unlabelled: of a folder of images alone: take no labels from subfolders.
@@ -80,9 +82,7 @@ def open_source(
         FileNotFoundError: no such folder, or a file of the layout is missing.
         ValueError: no such layout or split, or a file in it is damaged or leads outside the folder.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give a folder of images, or an unpacked data set")
+    root = existing_folder(root, "give a folder of images, or an unpacked data set")
     if layout not in (None, "folder", *LAYOUTS):
         raise ValueError(f"layout {layout!r}: must be folder, {', '.join(LAYOUTS)}")
     found = layout or next((name for name, (marks, _, _) in LAYOUTS.items() if marks(root)), "folder")

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from data.memory import memory_limit
+from data.paths import expand
 
 RUN_BYTES = 2 << 20  # long enough for near the full speed of disks and network file systems; divides FFCV's pages
 MAX_LANES = 256
@@ -30,7 +31,7 @@ def choose_order(path: str | Path, order: Order | Literal["auto"], window: int |
     """
     memory = memory_limit()
     if order == "auto":
-        order = "windowed" if Path(path).stat().st_size > CACHED_SHARE * memory else "random"
+        order = "windowed" if expand(path).stat().st_size > CACHED_SHARE * memory else "random"
     return order, window or max(1, min(WINDOW, memory >> 22))
 
 

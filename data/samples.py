@@ -1,4 +1,4 @@
-"""The embedded data set, `digits`: real handwriting on cluttered canvases, a class and a pixel mask each.
+"""The embedded data set, `digits`: real handwriting on cluttered canvases, with a class and a pixel mask per image.
 
 Nothing is downloaded. Each 64 x 64 canvas holds one digit of scikit-learn's bundled handwritten digits, of random
 size, place, turn and ink, on smooth colour noise with fragments of other digits strewn about: to name the digit a model

@@ -1,101 +1,24 @@
 """Images with a mask of labels each: ADE20K, Cityscapes and Pascal VOC as distributed, or any pair of folders.
 
-What a value in a mask's file means says a class table, a CSV of lines `value,name,red,green,blue`: the line's class is
-the next one, in the table's order from 0 on; a line without a name is ignored, and so is 255 where no line has it. The
-colours are for pictures; a table may go without. Those of the data sets lie in `data/classes/`.
+A class table says what the values in a mask's file mean, see `data.class_table`.
 """
 
-import csv
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from data.decode import IGNORE
-from data.sources import IMAGE_SUFFIXES, image_files, open_image, read_image
+from data.class_table import TABLES, ClassTable, read_table
+from data.images import drawn_on, read_labels, read_turned, turn_mask
+from data.paths import existing_folder
+from data.sources import IMAGE_SUFFIXES, find_images, refuse_splits
 
-TABLES = Path(__file__).parent / "classes"
-_LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "PPM", "TGA")  # Pillow's names of formats that keep labels as they are
+READERS = 8  # threads that look at images' headers
+__all__ = ["LAYOUTS", "Pairs", "open_pairs", "pair", "read_table"]
+
 _LOSSY = (".avif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".webp")
-
-
-@dataclass(frozen=True)
-class ClassTable:
-    """What the values in masks mean.
-
-    Attributes:
-        names: of the classes.
-        palette: (R, G, B) of each class, in 0..255.
-        classes: int16 [65536], the class of each value in a file; `IGNORE`, or -1 where the table does not have it.
-    """
-
-    names: list[str]
-    palette: list[list[int]]
-    classes: np.ndarray
-
-    def of(self, labels: np.ndarray) -> np.ndarray:
-        """Values as in a file, integers [H, W] -> classes, uint8 [H, W].
-
-        Raises:
-            ValueError: a value is not in the table.
-        """
-        inside = (labels >= 0) & (labels < len(self.classes))
-        classes = self.classes[labels if inside.all() else np.where(inside, labels, 0)]
-        unknown = ~inside | (classes < 0)
-        if unknown.any():
-            values = np.unique(labels[unknown])
-            shown = ", ".join(map(str, values[:5])) + (" and others" if len(values) > 5 else "")
-            raise ValueError(f"has label {shown}, which is not in the class table")
-        return classes.astype(np.uint8)
-
-
-def read_table(path: str | Path) -> ClassTable:
-    """A class table from a CSV, see the module.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no such table, has a value or a name twice, or more than 255 classes.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such class table; give a CSV of lines value,name,red,green,blue")
-    names, colours, classes = [], [], np.full(1 << 16, -1, np.int16)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a CSV ({error})") from error
-    for number, row in enumerate(rows, 1):
-        if not row or (number == 1 and row[0] == "value"):
-            continue
-        try:
-            value, name, colour = int(row[0]), row[1].strip(), [int(part) for part in row[2:] if part.strip()]
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"{path}: line {number} is not value,name,red,green,blue") from error
-        if not 0 <= value < len(classes) or len(colour) not in (0, 3) or not all(0 <= part <= 255 for part in colour):
-            raise ValueError(f"{path}: line {number} has a value outside 0..65535, or no colour in 0..255")
-        if classes[value] != -1 or (name and name in names):
-            raise ValueError(f"{path}: line {number} has a value or a name that an earlier line has")
-        classes[value] = len(names) if name else IGNORE
-        if name:
-            names.append(name)
-            colours.append(colour)
-    if not 0 < len(names) <= IGNORE:
-        raise ValueError(f"{path}: has {len(names)} classes; a table must have 1 to {IGNORE}")
-    if classes[IGNORE] == -1:
-        classes[IGNORE] = IGNORE
-    usual = default_palette(len(names))
-    return ClassTable(names, [given or other for given, other in zip(colours, usual, strict=True)], classes)
-
-
-def default_palette(count: int) -> list[list[int]]:
-    """Pascal VOC's colours of `count` classes: a class number's bits, dealt to R, G and B from the highest on."""
-    palette = []
-    for number in range(count):
-        bits = [[(number >> (3 * place + channel)) & 1 for place in range(8)] for channel in range(3)]
-        palette.append([sum(bit << (7 - place) for place, bit in enumerate(channel)) for channel in bits])
-    return palette
 
 
 class Pairs:
@@ -104,20 +27,25 @@ class Pairs:
     Attributes:
         mask_classes, palette: of the class table.
         why: what was taken for what, for the screen.
+        upright: whether masks were drawn on upright pixels where their size does not tell, see `data.images`.
+        passed_over: files and hidden folders under the images' folder that were not taken.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], table: ClassTable, why: str):
-        self.pairs, self.table, self.why = pairs, table, why
+    def __init__(
+        self, pairs: Sequence[tuple[Path, Path]], table: ClassTable, why: str, passed_over: Sequence[Path] = ()
+    ):
+        self.pairs, self.table, self.why, self.passed_over = pairs, table, why, passed_over
         self.mask_classes, self.palette = table.names, table.palette
+        self.upright = _drawn_upright(pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         image, mask = self.pairs[index]
-        pixels = read_image(image)
+        pixels, orientation = read_turned(image)
         try:
-            labels = read_labels(mask)
+            labels = turn_mask(*read_labels(mask), orientation, pixels.shape[:2], self.upright)
             if labels.shape != pixels.shape[:2]:
                 sizes = (" x ".join(map(str, shape)) for shape in (labels.shape[::-1], pixels.shape[1::-1]))
                 raise ValueError("is {} pixels, the image {}".format(*sizes))
@@ -129,19 +57,21 @@ class Pairs:
         return str(self.pairs[index][0])
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """The values in a mask's file: integers [H, W]; of an image with a palette its indices, not its colours.
+def _drawn_upright(pairs: Sequence[tuple[Path, Path]]) -> bool:
+    """Whether masks were drawn on upright pixels, as those tell whose size fits no other. It opens all images.
 
     Raises:
-        ValueError, OSError: it cannot be read, or is stored with loss, or in colours.
+        ValueError: some masks tell this and some that, and of some the size does not tell.
     """
-    with open_image(path) as image:
-        if image.format not in _LOSSLESS or image.info.get("compression") == "jpeg":
-            raise ValueError(f"is stored as {image.format}, which changes labels; store masks as PNG")
-        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-            raise ValueError(f"is of colours ({image.mode}), not of labels")
-        labels = np.asarray(image)
-    return labels.astype(np.uint8) if labels.dtype == bool else labels
+    found: dict[str | None, list[Path]] = defaultdict(list)
+    with ThreadPoolExecutor(READERS) as pool:
+        for (image, _), drawn in zip(pairs, pool.map(lambda pair: drawn_on(*pair), pairs), strict=True):
+            found[drawn].append(image)
+    if found["stored"] and found["upright"] and found["either"]:
+        one, other, doubtful = (found[kind][0] for kind in ("stored", "upright", "either"))
+        why = f"the mask of {one} was drawn on the stored pixels, that of {other} on pixels turned upright"
+        raise ValueError(f"{doubtful}: has an EXIF orientation that its mask may follow or not: {why}; turn the images")
+    return bool(found["upright"]) and not found["stored"]
 
 
 def open_pairs(
@@ -164,10 +94,8 @@ def open_pairs(
         FileNotFoundError: no such folder, or a file of the layout is missing.
         ValueError: no such layout or split, no class table, or an image or a mask without its partner.
     """
-    root = Path(root)
-    for folder in (root, *([masks] if masks else [])):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; give a folder of images, or an unpacked data set")
+    root = existing_folder(root, "give a folder of images, or an unpacked data set")
+    masks = existing_folder(masks, "give the folder of the masks") if masks else None
     if layout not in (None, "folder", *LAYOUTS):
         raise ValueError(f"layout {layout!r}: with masks must be folder, {', '.join(LAYOUTS)}")
     found = layout or (
@@ -184,8 +112,10 @@ def open_pairs(
             )
         if classes is None:
             raise ValueError(f"{root}: say what its masks' values mean with --classes TABLE.csv, of lines value,name")
-        pairs = pair(root, Path(masks))
-        return Pairs(pairs, read_table(classes), f"with masks from {masks}, classes from {classes}")
+        found = find_images(root)
+        refuse_splits(root, found.files)
+        pairs, why = pair(root, masks), f"with masks from {masks}, classes from {classes}"
+        return Pairs(pairs, read_table(classes), why, found.passed_over)
     _, splits, read = LAYOUTS[found]
     split = split or splits[0]
     if split not in splits:
@@ -209,10 +139,17 @@ def pair(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> 
     for folder, end in ((images, image_end), (masks, mask_end)):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; unpack the data set whole")
-        files = [file for file in image_files(folder) if file.stem.endswith(end)]
-        found.append({str(file.with_suffix(""))[: len(str(file.with_suffix(""))) - len(end)]: file for file in files})
-        if len(found[-1]) != len(files):
-            raise ValueError(f"{folder}: has two files of one name with other suffixes; remove one of each two")
+        of_name: dict[str, Path] = {}
+        for file in find_images(folder, by_content=not end).files:
+            stem = file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name
+            if not stem.endswith(end):
+                continue
+            name = str(file.parent / stem[: len(stem) - len(end)])
+            if name in of_name:
+                both = f"{folder / of_name[name]} and {folder / file}"
+                raise ValueError(f"{both}: are two files of one name, so which belongs to which? Remove or rename one")
+            of_name[name] = file
+        found.append(of_name)
     of_images, of_masks = found
     if not of_images:
         raise ValueError(f"{images}: holds no images ({' '.join(IMAGE_SUFFIXES)})")

@@ -1,46 +1,61 @@
-"""Where images come from: folders as they lie on disk, and any image as RGB pixels."""
+"""Folders of images as they lie on disk."""
 
 import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from data.images import is_image, read_image
+from data.paths import existing_folder
+
+__all__ = ["IMAGE_SUFFIXES", "Found", "ImageFolder", "find_images", "read_image", "refuse_splits", "splits_among"]
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-# What Pillow may take a file for, whatever its name says: others of its formats start programs (EPS: Ghostscript).
-Image.init()
-_FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-            if name in Image.OPEN]  # fmt: skip
-MAX_SIDE = 65535  # FFCV stores sides in 16 bits
+_SYSTEM = ("desktop.ini", "thumbs.db")  # what file managers leave, beside hidden files
+_SPLITS = {
+    "train": r"train(ing)?",
+    "val": r"val(id(ation)?)?|dev|eval(uation)?",
+    "test": r"test(ing)?",
+}
+_SPLIT = re.compile("|".join(f"(?P<{k}>({v})([-_ ]?(set|split|images?|data|[0-9]+))?)" for k, v in _SPLITS.items()))
 
 
 class ImageFolder:
-    """The images under a folder: a class a subfolder (`root/class/image.jpg`, classes sorted by name), or unlabelled.
+    """The images under a folder: one class per subfolder (`root/class/image.jpg`, sorted by name), or unlabelled.
 
-    Links to files and to folders are followed, wherever they lead: such folders are often made of them.
+    Links to files and to folders are followed, wherever they lead: such folders are often made of them. Names of
+    classes are in Unicode's normal form C, in which they are sorted too.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no images in it, classes without images, or a link that leads back to a folder above it.
+        ValueError: no images in it, classes without images, or of one name, or without one; splits such as train and
+            val in it; or a link that leads back to a folder above it.
 
     Attributes:
         classes: names of the classes, or None when unlabelled.
         why: how the choice was made, for the screen.
+        passed_over: files and hidden folders that were not taken, relative to the root; without hidden files.
     """
 
     def __init__(self, root: str | Path, unlabelled: bool = False):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root}: no such folder; give a folder of images")
-        self.files = image_files(self.root)
+        self.root = existing_folder(root, "give a folder of images")
+        found = find_images(self.root)
+        self.files, self.passed_over = found.files, found.passed_over
         if not self.files:
-            raise ValueError(f"{self.root}: holds no images ({' '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"{self.root}: holds no images ({' '.join(IMAGE_SUFFIXES)}){in_words(found.passed_over)}")
+        if not unlabelled:
+            refuse_splits(self.root, self.files)
         depths = {len(file.parts) for file in self.files}
         folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
         self.classes: list[str] | None = None
+        self._labels: dict[str, int] = {}
         if unlabelled:
             self.why = "unlabelled, as asked"
         elif 1 in depths:
@@ -51,18 +66,34 @@ class ImageFolder:
             self.why = f"unlabelled: {self.root} has a single subfolder, which is no choice of classes"
         else:
             self.why = f"labelled: {len(folders)} classes, a subfolder of {self.root} each"
-            self.classes = folders
-            empty = sorted(set(folders) - {file.parts[0] for file in self.files})
-            if empty:
-                names = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
-                mend = "remove them, or pass --unlabelled"
-                raise ValueError(f"{self.root}: class folders without images: {names}; {mend}")
-        self._labels = {name: label for label, name in enumerate(self.classes or ())}
+            names = self._class_names(folders)
+            self.classes = sorted(names.values())
+            self._labels = {folder: self.classes.index(name) for folder, name in names.items()}
+
+    def _class_names(self, folders: list[str]) -> dict[str, str]:
+        """The class of each folder; checks them, and says in `why` which are hard to tell apart."""
+        empty = sorted(set(folders) - {file.parts[0] for file in self.files})
+        if empty:
+            listed = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+            raise ValueError(f"{self.root}: class folders without images: {listed}; remove them, or pass --unlabelled")
+        names = {folder: unicodedata.normalize("NFC", folder).strip() for folder in folders}
+        if "" in names.values():
+            raise ValueError(f"{self.root}: a class folder's name is blank; rename it, or pass --unlabelled")
+        for same, of in ((str, "look the same"), (str.casefold, "differ only by case")):
+            alike = defaultdict(list)
+            for folder, name in names.items():
+                alike[same(name)].append(folder)
+            several = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+            if several and same is str:
+                raise ValueError(f"{self.root}: class folders whose names {of}: {several[0]}; merge or rename them")
+            if several:
+                self.why += f" (names that {of}: {', '.join(several[:10])})"
+        return names
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> tuple[np.ndarray] | tuple[np.ndarray, int]:
         """(image,) or (image, label); raises what `read_image` does."""
         pixels = read_image(self.root / self.files[index])
         return (pixels, self._labels[self.files[index].parts[0]]) if self.classes else (pixels,)
@@ -71,55 +102,38 @@ class ImageFolder:
         return str(self.root / self.files[index])
 
 
-def read_image(path: Path) -> np.ndarray:
-    """The pixels of an image file: uint8 [H, W, 3], see `to_rgb`.
+class Found:
+    """What is under a folder, relative to it.
+
+    Attributes:
+        files: the images, sorted by folder, then by name.
+        passed_over: files that are no images, and hidden folders.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.passed_over: list[Path] = []
+
+
+def find_images(root: Path, by_content: bool = True) -> Found:
+    """The images under a folder: files of a known suffix, and others whose content is an image.
+
+    Args:
+        by_content: whether to open the files of other suffixes.
 
     Raises:
-        ValueError, OSError, Image.DecompressionBombError: see `open_image`.
+        ValueError: a link leads back to a folder above it.
+        OSError: a folder cannot be listed.
     """
-    with open_image(path) as image:
-        return to_rgb(image)
 
+    def fail(error: OSError) -> None:  # without it a folder would be passed over
+        raise error
 
-def open_image(path: Path) -> Image.Image:
-    """An image file, to be used as a context.
-
-    Raises:
-        ValueError, OSError, Image.DecompressionBombError: it cannot be read, or has more than twice
-            `Image.MAX_IMAGE_PIXELS`.
-    """
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError("is no regular file, or a link that leads nowhere")
-    return Image.open(path, formats=_FORMATS)
-
-
-def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Any 8- or 16-bit image -> uint8 [H, W, 3], turned upright as its EXIF orientation says; alpha is dropped.
-
-    Raises:
-        ValueError, OSError: the pixels cannot be decoded or have no fixed range.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an array image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        return image
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"an image must be a PIL image or a uint8 array, not {type(image).__name__}")
-    if max(image.size) > MAX_SIDE:
-        raise ValueError(f"a side of {max(image.size)} pixels is above {MAX_SIDE}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
-
-
-def image_files(root: Path) -> list[Path]:
-    """Paths of the images under a folder, relative to it and sorted; hidden files and folders are passed over."""
-    found = []
+    found = Found()
     chains = {str(root): (root.resolve(),)}  # where a folder really lies, after those that led to it
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        inside = Path(folder).relative_to(root)
+        found.passed_over += [inside / name for name in sorted(folders) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         chain = chains.pop(folder)
         for name in folders:
@@ -128,10 +142,51 @@ def image_files(root: Path) -> list[Path]:
             if any(above.is_relative_to(place) for above in chain):
                 raise ValueError(f"{path}: leads back to a folder that it lies in; remove the link")
             chains[path] = (*chain, place)
-        inside = Path(folder).relative_to(root)
-        found += [
-            inside / name
-            for name in sorted(files)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
+        for name in sorted(files):
+            if name.startswith(".") or name.lower() in _SYSTEM:
+                continue
+            known = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+            taken = known or (by_content and is_image(Path(folder, name)))
+            (found.files if taken else found.passed_over).append(inside / name)
     return found
+
+
+def in_words(passed_over: Sequence[Path]) -> str:
+    """What was passed over, to end a line with; empty where nothing was."""
+    if not passed_over:
+        return ""
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in passed_over).most_common(5)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    number = f"{len(passed_over)} other file{'s' if len(passed_over) > 1 else ''}"
+    return f"; {number} passed over ({counts}), such as {passed_over[0]}"
+
+
+def splits_among(names: Iterable[str]) -> list[str]:
+    """Those of some names that mean the splits of a data set, one per kind of split: train, val and test."""
+    kinds = {match.lastgroup: name for name in sorted(names) if (match := _SPLIT.fullmatch(name.lower()))}
+    return sorted(kinds.values())
+
+
+def refuse_splits(root: Path, files: Sequence[Path]) -> None:
+    """Refuses a folder that holds a data set's splits: together they would train on what is kept to judge by.
+
+    Args:
+        root: the folder.
+        files: the images in it, relative to it.
+
+    Raises:
+        ValueError: a folder in it holds two splits, or all its images lie in one split. The message names what to give.
+    """
+    inside: dict[Path, set[str]] = defaultdict(set)
+    for folder in {file.parent for file in files}:
+        for each in (folder, *folder.parents[:-1]):
+            inside[each.parent].add(each.name)
+    for above, folders in sorted(inside.items()):
+        names = splits_among(folders)
+        inside_one = len(names) == 1 and above == Path() and {file.parts[0] for file in files} == {*names}
+        alone = inside_one and any(len(file.parts) > 2 for file in files)  # its own folders are classes, maybe
+        if len(names) > 1 or alone:
+            first = root / above / names[0]
+            example = f"python -m data.write {first} {first.name}.beton"
+            given = ("splits " if len(names) > 1 else "split ") + " and ".join(names)
+            raise ValueError(f"{root / above}: holds the {given}; write each as a file of its own: {example}")

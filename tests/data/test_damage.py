@@ -26,9 +26,9 @@ from ffcv.writer import DatasetWriter
 from data import eval_loader, inspect
 from data.beton import open_checked, side_file
 from data.checksum import checksum
-from data.decode import CentreViewDecoder, StoredDecoder
 from data.loader import Loader
 from data.runs import encode_runs
+from data.views import CentreView, StoredView
 from data.write import write
 from tests.support.damage import KINDS, damage
 
@@ -162,13 +162,13 @@ def test_lies_about_sizes_are_refused(folder, tmp_path):
 
 def main(path: Path) -> None:
     """Damages copies of a file and reads them: a line before each, a JSON line after."""
-    state, masked = np.zeros(3, np.int64), path.name == "checked.beton"
+    view = StoredView() if path.name == "checked.beton" else CentreView(image_size=32)
+    states = []
 
     def read(path: Path) -> list[dict]:
-        decoder = StoredDecoder(state) if masked else CentreViewDecoder((32, 32), state)
-        loader = Loader(
-            path, decoder, state, 20, 1, 0, 1, False, "cpu", torch.float32, (0, 0, 0), (1, 1, 1), workers=1
-        )  # fmt: skip
+        loader = Loader(path, view, 20, mean=(0, 0, 0), std=(1, 1, 1), workers=1)
+        states.append(loader._state)
+        loader._state = states[0]  # which the compiled code reads
         graph, code = loader._ffcv.graph, loader._ffcv.code
         FFCVLoader.generate_code = lambda self: self.__dict__.update(graph=graph, code=code)  # compiled once for all
         return list(loader.epoch())

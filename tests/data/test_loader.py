@@ -348,6 +348,11 @@ def test_a_damaged_jpeg_is_named(tmp_path):
         ({"seed": -1}, "seed"),
         ({"rank": 2, "world_size": 2}, "rank 2"),
         ({"std": (1.0, 0.0, 1.0)}, "std"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "must be three values each"),
+        ({"mean": (123.675, 116.28, 103.53)}, r"not 0\.\.255: give mean \[0\.485, 0\.456, 0\.406\]"),
+        ({"std": (58.395, 57.12, 57.375)}, r"not 0\.\.255: give std \[0\.229, 0\.224, 0\.225\]"),
+        ({"indices": np.array([0, 97])}, r"indices 0\.\.97: must be in 0\.\.96"),
+        ({"indices": np.array([0.5])}, r"indices: must be integers \[n\]"),
         ({"workers": 0}, "workers"),
         ({"image_size": 0}, "image_size"),
     ],
@@ -355,6 +360,14 @@ def test_a_damaged_jpeg_is_named(tmp_path):
 def test_bad_settings_are_refused(beton, settings, message):
     with pytest.raises(ValueError, match=message):
         train_loader(beton, **{**SETTINGS, **settings})
+
+
+def test_part_of_a_file_is_shuffled(beton):
+    chosen = np.arange(3, 97, 2)
+    loader = train_loader(beton, **SETTINGS, indices=chosen, mean=[0.5] * 3, std=[0.5] * 3, workers=1)
+    assert loader.num_samples == 47 and loader.steps_per_epoch == 5
+    seen = torch.cat([batch["index"] for batch in loader.epoch(1)])
+    assert np.array_equal(seen, chosen[epoch_order(47, 3, 1)[:40]])
 
 
 def test_start_outside_the_epoch_is_refused(train):

@@ -15,8 +15,10 @@ from PIL import Image
 
 from data import IGNORE, inspect, original_loader, train_loader
 from data.augment import distort, masked_view, uniform
+from data.class_table import TABLES, default_palette, read_table
+from data.images import turn
 from data.runs import encode_runs, read_runs
-from data.segmentation import TABLES, default_palette, open_pairs, read_table
+from data.segmentation import open_pairs
 from data.write import main, write
 
 RNG = np.random.default_rng(0)
@@ -150,6 +152,27 @@ def test_a_pair_of_folders(tmp_path):
     table.write_text("7,leaf\n255,edge\n9,\n")  # a value that is ignored by name, and 255 that is not
     dataset = open_pairs(images, masks=masks, classes=table)
     assert np.array_equal(dataset[0]["mask"], np.where(labels == 255, 255, 0))
+
+
+def test_masks_of_turned_photos(tmp_path):
+    """Masks of one set were drawn on stored or on upright pixels: those whose size tells speak for all."""
+    stored = (np.arange(24) // 3 % 2).astype(np.uint8).reshape(4, 6)
+    pixels = Image.fromarray((255 * stored).repeat(3).reshape(4, 6, 3))
+    (tmp_path / "table.csv").write_text("0,a\n1,b\n")
+
+    def agree(upright: set[int]) -> bool:
+        for orientation in range(1, 9):
+            pixels.getexif()[0x112] = orientation
+            (tmp_path / "images").mkdir(exist_ok=True)
+            pixels.save(tmp_path / f"images/{orientation}.png", exif=pixels.getexif())
+            mask = turn(stored, orientation) if orientation in upright else stored
+            save_mask(tmp_path / f"masks/{orientation}.png", mask)
+        dataset = open_pairs(tmp_path / "images", masks=tmp_path / "masks", classes=tmp_path / "table.csv")
+        return all(np.array_equal(item["image"][..., 0] > 0, item["mask"]) for item in dataset)
+
+    assert agree(set()) and agree(set(range(1, 9)))
+    with pytest.raises(ValueError, match=r"images/2\.png: has an EXIF orientation that its mask may follow or not"):
+        agree({5, 6})
 
 
 def test_tables():
@@ -352,7 +375,7 @@ def test_written_and_described(tmp_path, capsys):
     assert again["pixels"] == side["pixels"] and again["sha256"] != side["sha256"]
     content = json.dumps(side | {"palette": [[0, 0]] * 21})
     (tmp_path / "x.beton.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.beton\.json: not such a file \(`palette` is not a colour a class\)"):
+    with pytest.raises(ValueError, match=r"x\.beton\.json: not such a file \(`palette` is not one colour per class\)"):
         inspect(out)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -389,6 +412,10 @@ def other_label(root: Path) -> None:
     save_mask(root / "masks/2.png", np.full((8, 15), 8))
 
 
+def twins(root: Path) -> None:
+    save_image(root / "images/2.bmp", (8, 15))
+
+
 def jpeg(root: Path) -> None:
     (root / "masks/2.png").rename(root / "masks/2.jpg")
 
@@ -416,6 +443,7 @@ def table(text: str):
         (no_mask, r"images/2\.png: has no mask in .*masks; add or remove"),
         (no_image, r"masks/3\.png: has no image in .*images; add or remove"),
         (other_label, r"masks/2\.png has label 8, which is not in the class table"),
+        (twins, r"images/2\.bmp and .*images/2\.png: are two files of one name"),
         (jpeg, r"masks/2\.jpg: a mask stored as JPG, which changes labels"),
         (hidden_jpeg, r"masks/2\.png is stored as JPEG, which changes labels"),
         (in_colour, r"masks/2\.png is of colours \(RGB\), not of labels"),
