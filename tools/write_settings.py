@@ -1,16 +1,14 @@
-"""Writes docs/settings.md from the settings themselves: `python tools/write_settings.py`."""
+"""Writes docs/settings.md from the settings themselves: `python -m tools.write_settings`."""
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from jobs.settings import Request
 from trainer.config import Settings, explained, names
 from trainer.fields import words
+
+ROOT = Path(__file__).parents[1]
 
 
 def table(kind: type, prefix: str = "") -> str:
@@ -33,7 +31,7 @@ def page() -> str:
     """The text of docs/settings.md."""
     parts = [
         "# Settings",
-        "This page is written by `python tools/write_settings.py` from the code. A recipe's YAML holds the same names; "
+        "This page is written by `python -m tools.write_settings` from the code. A recipe's YAML holds the same names; "
         "its section `stages` holds what differs per stage.",
         "## Of every stage",
         table(Settings),

@@ -346,7 +346,7 @@ def run_recipe(settings: Settings) -> str:
 
 
 # Names that settings had in earlier versions: recipes and run folders of then keep loading.
-RENAMED: dict[str, str] = {}
+RENAMED = {"student.feature_map": "student.operator"}
 
 
 def upgrade(kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 
 from data import DamagedError
+from models import match_dtypes
 from trainer.config import Settings, UserError, as_dict, parse, stage_of
 from trainer.engine.checkpoint import Checkpoints, Manifest
 from trainer.engine.engine import build_engine, deepspeed_config, offloads
@@ -63,6 +64,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: Wor
     )
     schedule = build_schedule(optimizer, settings.train, job.steps)
     engine = build_engine(job.stage, optimizer, config)
+    match_dtypes(job.stage)
     if job.stage.teacher is not None:
         job.stage.teacher.to(me.device, next(job.stage.parameters()).dtype)
     step = found[1]["step"] if found else 0

@@ -165,7 +165,7 @@ class Operator(nn.Module):
 
     @torch.jit.ignore
     def alignment_parameters(self) -> Iterator[nn.Parameter]:
-        """Those that can be trained toward softmax attention's output, block by block: all, unless it says otherwise."""
+        """Those that stage 1 can train toward softmax attention's output: all, unless it says otherwise."""
         return self.parameters()
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "micro_batch_zero": (("--train.micro_batch_size", "0"), ("train.micro_batch_size 0", "at least 1")),
     # teacher and student
     "softmax_student": (("--student.attention", "softmax"), ("student.attention softmax", "stage 3")),
-    "feature_map": (("--student.feature_map", "nope"), ("feature_map 'nope'", "elu1")),
+    "feature_map": (("--student.operator", "nope"), ("operator 'nope'", "elu1")),
     "keep_softmax": (("--student.keep_softmax", "[7]"), ("keep_softmax [7]", "blocks 0 to 1")),
     "keep_softmax_all": (("--stage", "1", "--student.keep_softmax", "[0, 1]"), ("keep_softmax", "no block")),
     "trainable_head": (("--stage", "1", "--student.trainable", "head"), ("student.trainable head", "qkv")),
@@ -221,11 +221,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "zero_type": (("--deepspeed", "{bad}/zero_type.json"), ("zero_optimization.offload_optimizer",)),
     # the parent
     "parent_missing": (("--student.parent", "/nope"), ("/nope", "no export")),
-    "parent_feature_map": (("--student.parent", "{bad}/parent_relu"), ("feature_map is 'relu'", "'elu1'")),
+    "parent_feature_map": (("--student.parent", "{bad}/parent_relu"), ("operator is 'relu'", "'elu1'")),
     "parent_teacher": (("--student.parent", "{bad}/parent_other_teacher"), ("teacher.sha256", "--student.parent")),
     "parent_blocks": (("--student.parent", "{bad}/parent_one_block"), ("linear_blocks is [1]", "[0, 1]")),
     "parent_no_lineage": (("--student.parent", "{bad}/parent_no_lineage"), ("config.json", "lineage", "damaged")),
-    "parent_half_lineage": (("--student.parent", "{bad}/parent_half_lineage"), ("lineage has no feature_map",)),
+    "parent_half_lineage": (("--student.parent", "{bad}/parent_half_lineage"), ("lineage has no operator",)),
     "parent_weights": (("--student.parent", "{bad}/parent_other_weights"), ("model.safetensors", "stem.weight")),
     "parent_cut": (("--student.parent", "{bad}/parent_cut"), ("model.safetensors", "cannot be read")),
     "parent_not_json": (("--student.parent", "{bad}/parent_not_json"), ("config.json", "damaged")),
@@ -288,7 +288,7 @@ def test_run_folder_of_other_settings(small: Path, tmp_path: Path, capsys) -> No
     before = contents(tmp_path)
     for option, value, was, now in (
         ("--train.lr", "0.5", "train.lr was 0.001", "is now 0.5"),
-        ("--student.feature_map", "relu", "student.feature_map was 'elu1'", "is now 'relu'"),
+        ("--student.operator", "relu", "student.operator was 'elu1'", "is now 'relu'"),
         ("--data.image_size", "64", "data.image_size was 32", "is now 64"),
     ):
         line = one_line(capsys, [*argv, option, value])

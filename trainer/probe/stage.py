@@ -27,6 +27,7 @@ from trainer.probe.fit import Vector, fit_groups, groups_of, kept, vectors_of
 from trainer.probe.report import report
 from trainer.ranks.signals import STOPPED, StopFlag, Stopped
 from trainer.ranks.world import World, join, leave
+from trainer.setup.student import convert
 from trainer.setup.teacher import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
 
 MODULES = ["patch_embed", *(f"blocks.*.{module}" for module in models.BLOCK_MODULES), "norm"]
@@ -210,7 +211,7 @@ def student_of(settings: Settings, teacher: nn.Module, run: Path, image_size: in
     parent = settings.student.parent
     parent = found if parent is None else None if parent == "none" else Path(parent)
     if parent is None:
-        student = models.linearize(teacher, settings.student.feature_map, settings.student.keep_softmax)
+        student = convert(settings, teacher)
         return student, "the teacher's copied weights, no stage's"
     theirs = check_lineage(parent, {"teacher": teacher_lineage(settings, teacher)}, TEACHER_FIELDS)
     stages = theirs["stages"] or ["none"]

@@ -82,7 +82,12 @@ def build(settings: Settings, me: World) -> Job:
     kwargs |= {"num_classes": models.backbone_of(stage.student).num_classes, "img_size": given["image_size"]}
     export = {
         "backbone": {"name": name, "kwargs": kwargs},
-        "attention": {key: lineage[key] for key in ("feature_map", "linear_blocks")},
+        "attention": {
+            "operator": lineage["operator"],
+            "kwargs": lineage["operator_kwargs"],
+            "additions": lineage["additions"],
+            "linear_blocks": lineage["linear_blocks"],
+        },
         "input": given,
         "lineage": lineage,
         **stage.export_config(),
@@ -98,7 +103,7 @@ def build(settings: Settings, me: World) -> Job:
             models.take_any_size(vit)
     job = Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps, sizes)
     job.images = _in_words(settings, models.backbone_of(stage.student), given, me.size, accumulate)
-    job.notes += [*stage.notes(), *_notes(settings, steps)]
+    job.notes += [*models.notes(chosen.name, chosen.kwargs), *stage.notes(), *_notes(settings, steps)]
     return job
 
 

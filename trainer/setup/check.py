@@ -17,6 +17,7 @@ from trainer.engine.engine import accumulation, deepspeed_config
 from trainer.output.folder import StageFolder
 from trainer.ranks.world import end
 from trainer.setup.build import inspect_data
+from trainer.setup.student import convert
 from trainer.setup.teacher import build_teacher, input_of
 
 
@@ -47,7 +48,7 @@ def check(settings: Settings, ranks: Iterable[int]) -> None:
         teacher = build_teacher(replace(settings, teacher=replace(settings.teacher, weights=None, pretrained=False)))
         input_of(settings, teacher)
         if isinstance(stage, type):
-            student = models.linearize(teacher, settings.student.feature_map, settings.student.keep_softmax)
+            student = convert(settings, teacher)
             stage.head_classes(settings, infos, student)
 
 

@@ -32,12 +32,16 @@ class Student:
 
     attention: Literal["linear", "softmax"] = "linear"
     """The kind of attention; softmax is the baseline of stage 3."""
-    feature_map: str = "elu1"
-    """The feature map of linear attention: a name from models.FEATURE_MAPS."""
+    operator: str = "elu1"
+    """What replaces softmax (a feature map, mostly): a name from models.OPERATORS."""
+    operator_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The operator's own keywords, such as {power: 6}."""
+    additions: list[str] = field(default_factory=list)
+    """What is added to the operator: names from models.ADDITIONS, such as [value_conv5]."""
     keep_softmax: list[int] = field(default_factory=list)
     """Blocks that keep softmax attention."""
     trainable: Literal["qkv", "attention", "backbone", "head", "all"] | None = None
-    """Parameters that train; by default qkv in stage 1, backbone in stage 2, all in stage 3."""
+    """Parameters that train: qkv has the operator's own too; by default qkv in stage 1, backbone in 2, all in 3."""
     parent: PathName | None = None
     """The export to start from, or none for the teacher's weights; by default the previous stage's of the run."""
 

@@ -1,5 +1,6 @@
 """The student: the teacher with linear attention, or an earlier stage's export; and the lineage that says which."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import models
 from trainer.config import Settings, UserError
 from trainer.output.paths import is_begun, is_complete, stage_path
 from trainer.setup.resolution import Size, pair
-from trainer.setup.teacher import check_lineage, is_trained, teacher_lineage
+from trainer.setup.teacher import OPERATOR_FIELDS, check_lineage, is_trained, teacher_lineage
 from trainer.stages import STAGES
 
 
@@ -32,10 +33,10 @@ def build_student(settings: Settings, teacher: models.ViT, image_size: Size, pre
     wanted = settings.student
     softmax = wanted.attention == "softmax"
     keep = range(len(teacher.blocks)) if softmax else wanted.keep_softmax
-    student = models.linearize(teacher, wanted.feature_map, keep)
+    student = convert(settings, teacher, keep)
     lineage = {
         "teacher": teacher_lineage(settings, teacher),
-        "feature_map": wanted.feature_map,
+        **{field: getattr(wanted, field) for field in OPERATOR_FIELDS},
         "linear_blocks": models.linear_blocks(student),
         "stages": [],
         "data": [],
@@ -64,6 +65,13 @@ def build_student(settings: Settings, teacher: models.ViT, image_size: Size, pre
             found.pos_embed = student.pos_embed
         start += f", position embeddings resized from {'the teacher' if frozen else f'its {was} pixels'}"
     return Student(found, start, theirs)
+
+
+def convert(settings: Settings, teacher: models.ViT, keep_softmax: Collection[int] | None = None) -> models.ViT:
+    """The teacher with the student's attention, every weight copied. Raises ValueError for what there is not."""
+    wanted = settings.student
+    keep = wanted.keep_softmax if keep_softmax is None else keep_softmax
+    return models.linearize(teacher, wanted.operator, keep, wanted.operator_kwargs, wanted.additions)
 
 
 def parent_of(settings: Settings, previous: str | None) -> Path | None:

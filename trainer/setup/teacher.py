@@ -12,6 +12,7 @@ from trainer.setup.resolution import pair, plain
 
 INPUT_KEYS = ("image_size", "mean", "std", "crop_pct")
 TEACHER_FIELDS = ("teacher.name", "teacher.kwargs", "teacher.sha256")
+OPERATOR_FIELDS = ("operator", "operator_kwargs", "additions")
 
 
 def build_teacher(settings: Settings) -> nn.Module:
@@ -36,12 +37,12 @@ def is_trained(settings: Settings) -> bool:
 
 
 def input_of(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
-    """`INPUT_KEYS`: how images are given to the model; from the settings, else the teacher's own."""
+    """`INPUT_KEYS` and `interpolation`: how images reach the model; from the settings, else the teacher's own."""
     size = plain(settings.data.image_size or teacher.patch_embed.img_size)
     given = vars(settings.data) | {"image_size": size}
     given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
     models.check_image_size(teacher, given["image_size"])
-    return given
+    return given | {"interpolation": "bilinear"}  # of the loaders
 
 
 def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
@@ -53,10 +54,12 @@ def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
 
 
 def check_lineage(
-    parent: Path, ours: dict[str, Any], fields: tuple[str, ...] = (*TEACHER_FIELDS, "feature_map", "linear_blocks")
+    parent: Path, ours: dict[str, Any], fields: tuple[str, ...] = (*TEACHER_FIELDS, *OPERATOR_FIELDS, "linear_blocks")
 ) -> dict[str, Any]:
     """A parent export's lineage; raises UserError, naming the field, where it is not of our teacher and student."""
     theirs = models.read_config(parent).get("lineage")
+    if isinstance(theirs, dict) and "feature_map" in theirs:  # of an earlier version
+        theirs |= {"operator": theirs.pop("feature_map"), "operator_kwargs": {}, "additions": []}
     for field in (*fields, "stages", "data"):
         try:
             was = _get(theirs, field)

@@ -270,10 +270,12 @@ def tokens_and_logits(vit: ViT, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def trainable_parameters(student: ViT, which: str) -> list[nn.Parameter]:
-    """Parameters by name: `qkv` or `attention` of the linear blocks, `backbone` up to the last norm, `head`, `all`."""
+    """Parameters by name: `qkv` (with the operator's own) or `attention` of the linear blocks, `head`, `all`, or
+    `backbone`, which ends with the last norm.
+    """
     linear = [block.attn for block in student.blocks if isinstance(block.attn, LinearAttention)]
     if which == "qkv":
-        return [p for attn in linear for p in attn.qkv_parameters()]
+        return [p for attn in linear for p in attn.alignment_parameters()]
     if which == "attention":
         return [p for attn in linear for p in attn.parameters()]
     head = [p for part in (student.attn_pool, student.fc_norm, student.head) if part for p in part.parameters()]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models import linear_blocks, rotary_embeddings, taps
+from models import linear_blocks, note_image_size, rotary_embeddings, taps
 from trainer.stages.base import Batch, ForwardOutputs, Stage
 
 
@@ -31,6 +31,7 @@ class AttentionAlignment(Stage):
 
     def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B]}."""
+        note_image_size(self.student, outputs.image.shape[-2:])
         ropes = rotary_embeddings(self.teacher, outputs.image.shape[-2:])
         with taps(self.student, self.student_taps) as read:
             for i in self.blocks:

@@ -75,6 +75,11 @@ class Finetune(Supervised):
         """Top-1."""
         return values["top1"]
 
+    def export_config(self) -> dict[str, Any]:
+        """The names of the classes, where they are known."""
+        classes = self.infos["train"].classes
+        return {"classes": classes} if classes and len(classes) == self.num_classes else {}
+
     def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B]}."""
         label = batch["label"]

@@ -230,7 +230,7 @@ class Segmentation(Supervised):
         """The head, and the classes with their colours."""
         options, info = self.settings.segmentation, self.infos["train"]
         of_head = {"head": options.head, "num_classes": self.num_classes, "kwargs": options.kwargs}
-        return {"segmentation": of_head | {"classes": info.mask_classes, "palette": info.palette}}
+        return {"segmentation": of_head, "classes": info.mask_classes, "palette": info.palette}
 
 
 def _attention(model: nn.Module) -> str:
