@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal
@@ -38,8 +39,9 @@ class UserError(Exception):
 
 
 def _room(place: str) -> dict[str, type]:
-    """The groups of settings of a stage, by their names."""
-    return import_module(f"{place.rpartition('.')[0]}.settings").SETTINGS
+    """The groups of settings of a stage, by their names: none where no `settings.py` lies beside it."""
+    name = f"{place.rpartition('.')[0]}.settings"
+    return import_module(name).SETTINGS if find_spec(name) else {}
 
 
 def _places() -> Iterator[str]:

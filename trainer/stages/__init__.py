@@ -1,7 +1,7 @@
 """The table of stages: what `--stage` takes, and what runs it.
 
-A stage is a folder with `stage.py`, which the table names, and `settings.py`. The table holds names, since to import a
-stage takes seconds, and imports nothing.
+A stage is a file, or a folder with `stage.py` and, where it has settings of its own, `settings.py`. The table holds
+names, since to import a stage takes seconds, and imports nothing.
 """
 
 STAGES: dict[str, str | dict[str, str]] = {
