@@ -42,10 +42,10 @@ def run_stage(folder: Path, stage: int, options: list[str], threads: int) -> lis
     if done.returncode:
         raise SystemExit(f"{folder.name}: stage {stage} ended with status {done.returncode}, see {log.name}")
     lines = map(json.loads, (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
-    judged = [line for line in lines if line["split"] == "val"]
-    score = next(f"{words} {judged[-1][key]:.2f}" for key, words in SCORES.items() if key in judged[-1])
+    evaluations = [line for line in lines if line["split"] == "val"]
+    score = next(f"{words} {evaluations[-1][key]:.2f}" for key, words in SCORES.items() if key in evaluations[-1])
     print(f"{folder.name}: stage {stage} done, {score}", flush=True)
-    return judged
+    return evaluations
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -115,7 +115,7 @@ def start(started: dict[str, list[subprocess.Popen]], path: Path, window: int, s
 
 
 def reading(path: Path, started: dict[str, list[subprocess.Popen]], options: argparse.Namespace) -> str:
-    """A table: images a second and bytes read, by order."""
+    """A table: images per second and bytes read, by order."""
     speeds, amounts = ({name: [] for name in started} for _ in range(2))
     for _ in range(options.rounds):
         for name, processes in started.items():

@@ -4,7 +4,7 @@ Memory and FLOPs are what `--dry_run` counts, on the shapes of the real models. 
 is taken to be, which options set: time is FLOPs over a share of the peak; what a rank sends a step is counted from the
 published algorithms, and takes its time over the slowest link. Nothing here was run on such a machine.
 
-`--check` measures the memory estimate against two CPU ranks, and how many images a core decodes for training.
+`--check` measures the memory estimate against two CPU ranks, and how many images per core decodes for training.
 """
 
 import argparse
@@ -94,7 +94,7 @@ class Plan(NamedTuple):
     accumulate: int
     memory: float  # bytes a rank
     sent: float  # bytes a rank and step
-    compute: float  # seconds a step
+    compute: float  # seconds per step
     communicate: float
 
 
@@ -106,7 +106,7 @@ def zero_config(zero: int) -> DeepSpeedZeroConfig:
 
 
 def memory_of(model: Model, zero: int, ranks: int, checkpointing: bool, micro: int, accumulate: int) -> float:
-    """Bytes a rank, as `--dry_run` estimates them; without a micro-batch for `micro` 0."""
+    """Bytes per rank, as `--dry_run` estimates them; without a micro-batch for `micro` 0."""
     activations = model.activation_bytes(checkpointing, micro) if micro else 0
     sizes, known = (model.trained, model.frozen, model.teacher), zero_config(zero)
     return memory_bytes(*sizes, known, ranks, True, False, activations, accumulate)
@@ -170,7 +170,7 @@ def facts(model: Model) -> str:
     per_image = {key: (two - one) / GIB for key, (one, two) in model.activations.items()}
     return (
         f"{model.trained / 1e9:.2f} billion parameters trained, {model.teacher / 1e9:.2f} of the teacher; "
-        f"{model.flops / 1e12:.1f} TFLOPs an image, {model.flops_checkpointed / 1e12:.1f} with gradient checkpointing; "
+        f"{model.flops / 1e12:.1f} TFLOPs per image, {model.flops_checkpointed / 1e12:.1f} with gradient checkpointing; "
         f"{per_image[False]:.2f} GiB of activations an image, {per_image[True]:.2f} with it."
     )
 
@@ -226,7 +226,7 @@ def check(options: argparse.Namespace) -> str:
     title = f"{options.model} at {options.size} pixels, 2 ranks, {options.micro} images each"
     table = markdown(["", "estimated, MiB", "measured", "measured / estimated"], rows)
     rates = ", ".join(f"{decoded(size):.0f} at {size} pixels" for size in (518, 1022))
-    return f"{title}\n\n{table}\nImages a second and core, decoded from JPEGs of 640 x 480 and cut: {rates}"
+    return f"{title}\n\n{table}\nImages per second and core, decoded from JPEGs of 640 x 480 and cut: {rates}"
 
 
 class Pictures:
@@ -243,7 +243,7 @@ class Pictures:
 
 
 def decoded(size: int) -> float:
-    """Training images a second of CPU time, decoded, cut to `size` pixels and normalised."""
+    """Training images per second of CPU time, decoded, cut to `size` pixels and normalised."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pictures.beton"
         write(Pictures(), path, raw_share=0, workers=1, progress=False)

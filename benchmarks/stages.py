@@ -53,7 +53,7 @@ def main() -> None:
     lanes = min(cores, len(args.seeds))  # two processes of one thread wait less than one of two
 
     def go(seed: int, name: str, stage: int, epochs: float, *options: str) -> list[dict]:
-        first = str(name == "stage2-only").lower()  # the copied weights are judged once a seed
+        first = str(name == "stage2-only").lower()  # the copied weights are evaluated once per seed
         options = (
             *common,
             "--train.seed",

@@ -132,7 +132,7 @@ def skipped_steps_message(skipped: list[tuple[int, list[tuple[torch.Tensor, torc
 
 
 class Clock:
-    """Images a second, and the shares of time spent waiting for data and for checkpoints, since the last reading."""
+    """Images per second, and the shares of time spent waiting for data and for checkpoints, since the last reading."""
 
     def __init__(self, step: int) -> None:
         self.restart(step)

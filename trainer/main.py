@@ -88,7 +88,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: Wor
             scores[at] = job.stage.score(values)
             tracker.log({"step": at, "epoch": at / job.steps_per_epoch, "split": "val", **values, **quick_probe(at)})
             if at == job.steps:
-                judge(tracker, job, scores[at])
+                check_outcome(tracker, job, scores[at])
 
     def save(at: int) -> None:
         state = {"step": at, "samples": at * settings.train.batch_size, "settings": as_dict(settings)}
@@ -112,7 +112,7 @@ def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: Wor
     return status
 
 
-def judge(tracker: Tracker, job: Job, score: float) -> None:
+def check_outcome(tracker: Tracker, job: Job, score: float) -> None:
     """Whether the stage was of use: at its end against the evaluation before its first step.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The windowed order and its reading: once an epoch, in long runs, within a window, the same at any world size."""
+"""The windowed order and its reading: once per epoch, in long runs, within a window, the same at any world size."""
 
 import os
 import threading

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 
 def accumulation(settings: Settings, size: int) -> int:
-    """Micro-batches a rank and optimizer step: the fewest that keep to `micro_batch_size`, so that it may stay as it is
+    """Micro-batches per rank and optimizer step: the fewest that keep to `micro_batch_size`, so that it may stay as it is
     at another number of ranks. Raises UserError when the global batch cannot be shared by the ranks.
     """
     train = settings.train

@@ -1,6 +1,6 @@
 """fp32 weights and optimizer state of a ZeRO engine, by parameter: one view of stages 1, 2 and 3, at any world size.
 
-ZeRO keeps them as flat partitions, a rank its part. A `Run` says which elements of which parameter lie where in this
+ZeRO keeps them as flat partitions, each rank its part. A `Run` says which elements of which parameter lie where in this
 rank's part: what is written by runs can be read back by an engine of another world size or ZeRO stage. (DeepSpeed's own
 universal checkpoint knows Adam's two moments only, and gives all parameter groups the settings of the first.)
 """

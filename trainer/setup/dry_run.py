@@ -53,16 +53,16 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
         *(f"note: {note}" for note in job.notes),
         *(f"written without checksums, damage to its images goes unnoticed: {path}" for path in unverified),
         f"steps: {job.steps:,} of {settings.train.batch_size} images "
-        f"({me.size} ranks x {accumulate} x {micro}), {job.steps_per_epoch:,} an epoch",
+        f"({me.size} ranks x {accumulate} x {micro}), {job.steps_per_epoch:,} per epoch",
         f"FLOPs per step: {flops * settings.train.batch_size:.3e}",
-        f"memory a rank: {memory / GIB:.2f} GiB at most, an estimate; of it weights, gradients and optimizer "
+        f"memory per rank: {memory / GIB:.2f} GiB at most, an estimate; of it weights, gradients and optimizer "
         f"{states / GIB:.2f} (ZeRO {zero}), a micro-batch {activations / GIB:.2f}, the rest DeepSpeed's buffers",
     ]
     return "\n".join(lines)
 
 
 def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> tuple[float, int]:
-    """FLOPs an image (forward and backward), and the most bytes that a micro-batch of `micro` images takes at a time.
+    """FLOPs per image (forward and backward), and the most bytes that a micro-batch of `micro` images takes at a time.
 
     Both are counted on a real pass over shapes alone. The bytes are of all tensors that it makes: activations kept for
     backward, what the teacher and each operation hold for a while, the gradient of a weight until it is complete; also
@@ -129,7 +129,7 @@ class Taken(TorchDispatchMode):
 def model_state_bytes(
     trained: int, frozen: int, teacher: int, zero: int, ranks: int, bf16: bool, offload: bool
 ) -> float:
-    """Bytes a rank of weights, gradients and optimizer state, after ZeRO, arXiv 1910.02054, section 3.
+    """Bytes per rank of weights, gradients and optimizer state, after ZeRO, arXiv 1910.02054, section 3.
 
     Weights and gradients in the working precision; fp32 masters and two moments, 12 bytes a trained parameter, sharded
     from stage 1 on; gradients from stage 2, weights from stage 3. The teacher is whole on every rank.
@@ -141,7 +141,7 @@ def model_state_bytes(
 
 
 def gradient_bytes(trained: int, zero: int, ranks: int, bf16: bool) -> float:
-    """Bytes a rank of complete gradients in the working precision."""
+    """Bytes per rank of complete gradients in the working precision."""
     return trained * (2 if bf16 else 4) / (ranks if zero >= 2 else 1)
 
 
@@ -149,7 +149,7 @@ def memory_bytes(
     trained: int, frozen: int, teacher: int, zero: DeepSpeedZeroConfig, ranks: int, bf16: bool, offload: bool,
     activations: float, accumulate: int,
 ) -> float:  # fmt: skip
-    """Bytes a rank at most, as DeepSpeed takes them.
+    """Bytes per rank at most, as DeepSpeed takes them.
 
     Beside the states there is a buffer in which gradients are reduced (two where ZeRO 1 or 2 overlaps that with
     backward), and ZeRO 3's gathered weights. A micro-batch takes most when its backward begins: there are no gradients

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Numbers of the draws; the views of data.augment use 0 to 40.
 _SWITCH, _LAMBDA, _TOP, _LEFT = 64, 65, 66, 67
-_DROP_PATH = 128  # and on, two a block
+_DROP_PATH = 128  # and on, two per block
 
 
 def uniforms(key_B: Tensor, draw: int | Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 class Mixup:
-    """Mixup, arXiv 1710.09412, and cutmix, arXiv 1905.04899, with timm's distributions, a draw a pair of neighbours.
+    """Mixup, arXiv 1710.09412, and cutmix, arXiv 1905.04899, with timm's distributions, a draw per pair of neighbours.
 
     Samples 2j and 2j + 1 of a batch are each other's partner. They are neighbours in the global batch too, so they meet
     at any world size and accumulation. The first one's key draws for both: mixup or cutmix (evenly, where both are on),

@@ -36,7 +36,7 @@ class PrincipalColours:
 
 
 def draw_features(path: Path, image: Tensor, teacher: Tensor, student: Tensor) -> None:
-    """Write a picture, a row an image: the image, the teacher's patch features, the student's in the same colours.
+    """Write a picture, a row per image: the image, the teacher's patch features, the student's in the same colours.
 
     Args:
         path: of the PNG; its folder is made.

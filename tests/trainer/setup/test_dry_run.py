@@ -34,7 +34,7 @@ def test_dry_run_says_what_would_run_and_makes_nothing(
             "starts from: the teacher's copied weights",
             "parameter groups",
             "FLOPs per step",
-            "memory a rank",
+            "memory per rank",
             "steps: 6 of 16",
         ):
             assert word in said

@@ -165,7 +165,7 @@ def test_the_export_is_a_timm_model_with_its_lineage(small: Path, alone: Path) -
     assert config["lineage"]["linear_blocks"] == [0, 1]
     model = models.load(alone / "stage3/export")
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
-    # What was judged last is what was exported, the moving average.
+    # What was evaluated last is what was exported, the moving average.
     from data import eval_loader
 
     last = curve(alone / "stage3", "val")[-1]

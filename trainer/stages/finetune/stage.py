@@ -97,7 +97,7 @@ class Finetune(Supervised):
 
 
 def set_drop_path(vit: ViT, rate: float) -> dict[int, DropPath]:
-    """Drop path rising linearly over depth to `rate`, as timm builds it; the active ones, numbered two a block."""
+    """Drop path rising linearly over depth to `rate`, as timm builds it; the active ones, numbered two per block."""
     paths = {}
     for i, drop in enumerate(torch.linspace(0, rate, len(vit.blocks)).tolist()):
         for which, name in enumerate(("drop_path1", "drop_path2")):

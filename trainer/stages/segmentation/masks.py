@@ -29,7 +29,7 @@ def draw_masks(
     names: Sequence[str],
     palette: Sequence[Sequence[int]],
 ) -> None:
-    """Write a picture, a row an image: the image, then its masks. The legend has the classes that are to be seen.
+    """Write a picture, a row per image: the image, then its masks. The legend has the classes that are to be seen.
 
     Args:
         path: of the PNG; its folder is made.

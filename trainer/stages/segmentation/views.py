@@ -1,4 +1,4 @@
-"""How a segmentation model looks at an image that is judged: whole or in sliding windows, at some scales, mirrored."""
+"""How a segmentation model looks at an image in evaluation: whole or in sliding windows, at some scales, mirrored."""
 
 import math
 from collections.abc import Callable
