@@ -165,7 +165,11 @@ class Operator(nn.Module):
 
     @torch.jit.ignore
     def alignment_parameters(self) -> Iterator[nn.Parameter]:
+<<<<<<< HEAD
         """Those that stage 1 can train toward softmax attention's output: all, unless it says otherwise."""
+=======
+        """Those that can be trained toward softmax attention's output, block by block; by default all."""
+>>>>>>> wt-operators
         return self.parameters()
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,9 +182,13 @@ class Operator(nn.Module):
             f, g = self.own_features(q, k)
             out, norm, _, _ = _quotient(f, g, v)
             return out, norm
-        arguments = [getattr(self, name) for name in self.argument_names]
-        numbers = [x for x in arguments if isinstance(x, float)]
-        return attend(type(self).__name__, q, k, v, arguments[: len(arguments) - len(numbers)], numbers)
+        return attend(type(self).__name__, q, k, v, *self.arguments())
+
+    @torch.jit.ignore
+    def arguments(self) -> tuple[list[Tensor], list[float]]:
+        """What `features` takes after q and k: weights, numbers."""
+        values = [getattr(self, name) for name in self.argument_names]
+        return [x for x in values if not isinstance(x, float)], [x for x in values if isinstance(x, float)]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] each -> [B, H, N, K].

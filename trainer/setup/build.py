@@ -113,7 +113,7 @@ def _in_words(settings: Settings, vit: models.ViT, given: dict[str, Any], ranks:
     mean, std = (" ".join(f"{value:g}" for value in given[key]) for key in ("mean", "std"))
     batch, of_ranks = settings.train.batch_size, f"{ranks} rank{'s' if ranks > 1 else ''}"
     return (
-        f"images of {size} pixels, {tokens} tokens ({prefix} of them prefix), bilinear, mean {mean}, std {std}; "
+        f"images of {size} pixels, {tokens} tokens ({prefix} of them prefix), areas averaged, mean {mean}, std {std}; "
         f"batches of {batch}: {of_ranks} x {accumulate} x {batch // ranks // accumulate}"
     )
 

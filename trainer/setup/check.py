@@ -34,7 +34,7 @@ def check(settings: Settings, ranks: Iterable[int]) -> None:
     if settings.student.parent not in (None, "none"):
         models.read_config(Path(settings.student.parent))
     weights = settings.teacher.weights
-    if weights is not None and not Path(weights).is_file():
+    if weights is not None and not Path(weights).exists():
         raise UserError(f"teacher.weights {weights}: no such file")
     stage = stage_of(settings)
     if isinstance(stage, type):

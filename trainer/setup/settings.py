@@ -21,7 +21,9 @@ class Teacher:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Architecture overrides for timm.create_model."""
     weights: OptionalPath = None
-    """A local file of weights; by default they come from the hub."""
+    """A local file of weights, or the folder of a softmax export; by default they come from the hub."""
+    weights_key: str | None = None
+    """Which network of the file is meant, where several fit, such as teacher.backbone."""
     pretrained: bool = True
     """Whether to load weights; false leaves them random, which only stage 3 accepts."""
 

@@ -27,7 +27,8 @@ def build_teacher(settings: Settings) -> nn.Module:
         raise UserError("teacher.name: which ViT to convert is missing; give timm's name with --teacher.name NAME")
     torch.manual_seed(settings.train.seed)  # what is not loaded, such as a new head, starts alike on all ranks
     return models.build_backbone(
-        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, None if size is None else pair(size)
+        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, None if size is None else pair(size),
+        weights_key=chosen.weights_key,
     )
 
 
@@ -42,7 +43,7 @@ def input_of(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
     given = vars(settings.data) | {"image_size": size}
     given = {key: teacher.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
     models.check_image_size(teacher, given["image_size"])
-    return given | {"interpolation": "bilinear"}  # of the loaders
+    return given | {"interpolation": "box"}  # the loaders average areas
 
 
 def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
