@@ -165,11 +165,7 @@ class Operator(nn.Module):
 
     @torch.jit.ignore
     def alignment_parameters(self) -> Iterator[nn.Parameter]:
-<<<<<<< HEAD
-        """Those that stage 1 can train toward softmax attention's output: all, unless it says otherwise."""
-=======
         """Those that can be trained toward softmax attention's output, block by block; by default all."""
->>>>>>> wt-operators
         return self.parameters()
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

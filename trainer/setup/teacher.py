@@ -27,7 +27,11 @@ def build_teacher(settings: Settings) -> nn.Module:
         raise UserError("teacher.name: which ViT to convert is missing; give timm's name with --teacher.name NAME")
     torch.manual_seed(settings.train.seed)  # what is not loaded, such as a new head, starts alike on all ranks
     return models.build_backbone(
-        chosen.name, chosen.kwargs, chosen.weights, chosen.pretrained, None if size is None else pair(size),
+        chosen.name,
+        chosen.kwargs,
+        chosen.weights,
+        chosen.pretrained,
+        None if size is None else pair(size),
         weights_key=chosen.weights_key,
     )
 
