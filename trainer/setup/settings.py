@@ -63,9 +63,9 @@ class Data:
     resolutions: Resolutions = field(default_factory=list)
     """Sizes before image_size, each with its share of the steps: [224:0.8]."""
     mean: Mean | None = None
-    """Mean of R, G and B in 0..1; by default the teacher's."""
+    """Mean of R, G and B, of pixels in 0..1; by default the teacher's."""
     std: Std | None = None
-    """Standard deviation of R, G and B; by default the teacher's."""
+    """Standard deviation of R, G and B, of pixels in 0..1; by default the teacher's."""
     crop_pct: Fraction = 1.0
     """Share of the shorter side that the evaluation's centre crop keeps."""
     scale: Shares = field(default_factory=lambda: [0.25, 1.0])
@@ -86,3 +86,13 @@ class Data:
     """MiB that the windowed order shuffles together, over all ranks; by default 2048, or 1/4 of memory."""
     workers: Count | None = None
     """Decoding threads per rank; by default its share of the cores."""
+
+    def resolve(self, settings: Any) -> None:
+        """Raises ValueError when mean or std are of pixels in 0..255."""
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if given and max(map(abs, given)) > 1:
+                meant = [round(value / 255, 4) for value in given]
+                raise ValueError(
+                    f"data.{name} {given}: is of pixels in 0..255; pixels are in 0..1 here, so give {meant}"
+                )
