@@ -26,7 +26,7 @@ from models import BLOCK_MODULES
 from trainer.config import parse
 from trainer.output.folder import StageFolder
 from trainer.probe.fit import fit_groups, groups_of, kept
-from trainer.probe.stage import Plan, make_plan
+from trainer.probe.plan import Plan, make_plan
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ TestSets = checked(list[str], "NAME=FILE ...", lambda v: all(re.fullmatch(r"[\w.
 class Probe:
     """Linear probes on every module of every block, teacher beside student."""
 
-    free: ClassVar = frozenset({"keep_features"})
+    free: ClassVar = frozenset({"keep_features", "test"})  # test sets are compared by what they hold
 
     models: non_empty(Literal["teacher", "student"]) = field(default_factory=lambda: ["teacher", "student"])
     """Which models are probed."""
@@ -36,7 +36,10 @@ class Probe:
     validation: OpenFraction = 0.1
     """Share of the training images that chooses penalty and module."""
     images: Count | None = None
-    """Fit on so many training images only."""
+    """Number of training images to fit on; by default as many as store_gib holds."""
+    store_gib: Positive = 64.0
+    """Features on disk, GiB at most. Where all images need more, each class gives equally many; never more than fit on
+    the disk."""
     test: TestSets = field(default_factory=list)
     """NAME=FILE ...: further test sets beside data.val, such as shifted ones."""
     batch_size: Count = 64
