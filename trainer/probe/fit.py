@@ -162,13 +162,13 @@ def _keep(folder: Path, fit: Fit, probe: dict[str, Tensor]) -> None:
     """Write a fit, and the probe itself: class scores are `(x / |x| - mean) / std @ weight + bias`."""
     tensors = {name: t.float().cpu().contiguous() for name, t in probe.items()}
     tensors |= {f"right.{name}": torch.from_numpy(np.packbits(right)) for name, right in fit.right.items()}
-    said: dict[str, Any] = asdict(fit) | {"right": {name: len(right) for name, right in fit.right.items()}}
-    said["validation"] = list(fit.validation.items())
+    described: dict[str, Any] = asdict(fit) | {"right": {name: len(right) for name, right in fit.right.items()}}
+    described["validation"] = list(fit.validation.items())
     path = folder / f"{fit.vector.name}.safetensors"
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, {"fit": json.dumps(said)})
+        save_file(tensors, part, {"fit": json.dumps(described)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); make room, then run the same command again") from error
@@ -178,12 +178,12 @@ def kept(folder: Path, vector: Vector) -> Fit | None:
     """The fit of a vector that was written before, or None."""
     try:
         with safe_open(folder / f"{vector.name}.safetensors", "np") as file:
-            said = json.loads(file.metadata()["fit"])
-            right = {n: file.get_tensor(f"right.{n}") for n in said["right"]}
+            described = json.loads(file.metadata()["fit"])
+            right = {n: file.get_tensor(f"right.{n}") for n in described["right"]}
     except (OSError, SafetensorError):
         return None
-    said["right"] = {n: np.unpackbits(bits, count=said["right"][n]).astype(bool) for n, bits in right.items()}
-    return Fit(**said | {"vector": vector, "validation": dict(map(tuple, said["validation"]))})
+    described["right"] = {n: np.unpackbits(bits, count=described["right"][n]).astype(bool) for n, bits in right.items()}
+    return Fit(**described | {"vector": vector, "validation": dict(map(tuple, described["validation"]))})
 
 
 def _held(blocks: Blocks, hold: bool) -> Blocks:

@@ -9,7 +9,7 @@ import data
 from data.beton import open_checked
 from trainer.config import Settings, UserError
 from trainer.setup.build import inspect_data
-from trainer.setup.classes import check_same_classes
+from trainer.stages.classes import check_same_classes
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from trainer.probe.fit import Vector, vectors_of
 from trainer.probe.images import available, draw, inspect_images, share_out
 from trainer.probe.settings import Probe
 from trainer.probe.store import LESS, Store, free_bytes, image_bytes, size
-from trainer.setup.classes import num_classes
 from trainer.setup.teacher import TEACHER_FIELDS, build_teacher, check_lineage, input_of, teacher_lineage
+from trainer.stages.classes import num_classes
 
 MODULES = ["patch_embed", *(f"blocks.*.{module}" for module in models.BLOCK_MODULES), "norm"]
 GIB = 2**30

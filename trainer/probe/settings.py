@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from trainer.fields import Count, CountOrZero, Factors, OpenFraction, Positive, checked
+from trainer.fields import Count, CountOrZero, Factors, OpenFraction, Positive, checked, words
 
 
 def non_empty(kind: Any) -> Any:
     """A list of at least one."""
-    return checked(list[kind], "a list of at least one", len)
+    return checked(list[kind], f"a list of at least one ({words(kind)})", len)
 
 
 TestSets = checked(list[str], "NAME=FILE ...", lambda v: all(re.fullmatch(r"[\w.+-]+=.+", pair) for pair in v))
