@@ -134,8 +134,8 @@ def left_out(wanted: dict[str, int], counts: dict[str, int], per_image: int) -> 
     need = sum(wanted.values()) * per_image
     parts = ", ".join(f"{counts[name]:,} of {count:,} ({name})" for name, count in wanted.items())
     return (
-        f"all images need {size(need)} of features, so a part is read, each class alike: {parts}; for all give "
-        f"--probe.store_gib {-(-need // GIB)} with a new --run on a disk that holds them"
+        f"all images need {size(need)} of features, so a part is read, equally many per class: {parts}; for all give "
+        f"--probe.store_gib {-(-need // GIB)}, and a --run on a disk that holds them"
     )
 
 

@@ -50,7 +50,7 @@ class QuickProbe:
         )  # fmt: skip
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Top-1 in percent, {"student.blocks.0.act": ..., "teacher.blocks.0.act": ...}; {} between two probes. A collective."""
+        """Top-1 in percent, {"student.blocks.0.act": ..., ...}, or {} between two probes; a collective."""
         is_probed = self.every and (step % self.every == 0 or step == self.job.steps)
         return self._top1() if is_probed else {}
 

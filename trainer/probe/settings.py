@@ -38,8 +38,7 @@ class Probe:
     images: Count | None = None
     """Number of training images to fit on; by default as many as store_gib holds."""
     store_gib: Positive = 64.0
-    """Features on disk, GiB at most. Where all images need more, each class gives equally many; never more than fit on
-    the disk."""
+    """GiB on disk for the features. Where all images need more, a part is read, with equally many per class."""
     test: TestSets = field(default_factory=list)
     """NAME=FILE ...: further test sets beside data.val, such as shifted ones."""
     batch_size: Count = 64

@@ -17,7 +17,7 @@ Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 @dataclass
 class Statistics:
-    """The result of one pass over the fitted images. It is enough for ridge, and for logistic regression's preconditioner."""
+    """The result of one pass over the fitted images: enough for ridge, and to precondition logistic regression."""
 
     count: int
     mean_MD: Tensor  # of the normalised features, fp64

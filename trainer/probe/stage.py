@@ -53,7 +53,8 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
     join(me)
     counts = [plan.counts]
     dist.broadcast_object_list(counts, src=0)  # the free space may have changed between the ranks' looks
-    plan.use(counts[0])
+    if counts[0] != plan.counts:
+        plan.use(counts[0])
     if me.rank == 0:
         write_aside(folder.path / "plan.json", json.dumps(plan.record, indent=2))
         sources = ", ".join(f"{model} from {about['from']}" for model, about in plan.models.items())

@@ -27,6 +27,7 @@ from trainer.probe.images import balanced, share_out
 from trainer.probe.plan import first_difference, make_plan
 from trainer.probe.report import paired, wilson
 from trainer.probe.solve import logistic, ridge, statistics
+from trainer.probe.stage import check
 
 PENALTIES = [0.01, 1.0, 10.0]
 
@@ -299,6 +300,16 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_check_needs_no_models(small: Path, bad: Path) -> None:
+    argv = ["--config", str(small / "recipe.yaml"), "--stage", "probe", "--teacher.name", "no_such_vit"]
+    check(parse(argv))
+    for options, words in ((["--data.train", "null"], "data.train: which images"),
+                           (["--data.val", f"{bad}/other.beton"], "data.val .*: class 2 is 'x', there 'c'"),
+                           (["--probe.validation", "0.001"], "probe.validation")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            check(parse([*argv, *options]))
+
+
 def fill(disk: Path) -> None:
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:
@@ -380,7 +391,7 @@ def test_a_part_is_read_where_all_do_not_fit(small: Path, disk: Path, capsys) ->
     argv = ["--config", str(small / "recipe.yaml"), "--stage", "probe", "--run", str(disk / "run")]
     assert main([*argv, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "all images need" in said and "of 22 (val); for all give --probe.store_gib 1 " in said
+    assert "all images need" in said and "of 22 (val); for all give --probe.store_gib 1," in said
     settings = parse(argv)
     folder = StageFolder(settings)
     plan = make_plan(settings, folder)
