@@ -1,10 +1,10 @@
 """Our probes against scikit-learn's, on the same features: `make bench-probe ARGS="--images DIR --teacher FILE"`.
 
 The teacher's 6 blocks x 8 modules, mean over tokens, 10,000 training images of CIFAR-10. scikit-learn fits one module
-at a time with the paper's pipeline (arXiv 2603.05280): L2-normalise, StandardScaler, LogisticRegression(max_iter=5000);
-its features are in memory before its clock starts, ours are read from the files within. Block by block, in turns. Ours
-has all cores; of scikit-learn's two times a module, on one core and on all, the better counts. Then peak memory of the
-program itself, features and probes, on 10,000 and 49,000 images.
+at a time with the paper's pipeline (arXiv 2603.05280): L2-normalise, StandardScaler, LogisticRegression(max_iter=5000).
+Its features are in memory before its clock starts. Our time includes reading them from the files. The two take turns,
+block by block. Ours has all cores. scikit-learn runs each module on one core and on all, and the better time counts.
+Then comes the peak memory of the program itself, features and probes, on 10,000 and 49,000 images.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from models import BLOCK_MODULES
 from trainer.config import parse
 from trainer.output.folder import StageFolder
 from trainer.probe.fit import fit_groups, groups_of, kept
-from trainer.probe.stage import Plan, make_plan
+from trainer.probe.plan import Plan, make_plan
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def ours(plan: Plan, block: int, options, folder: Path) -> tuple[float, dict[str
 
 
 def theirs(plan: Plan, block: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The same by scikit-learn: seconds and top-1 a module."""
+    """The same by scikit-learn: seconds and top-1 per module."""
     seconds, top1 = {}, {}
     for vector in (vector for vector in plan.vectors if vector.tap.startswith(f"blocks.{block}.")):
         x, y, test, truth = (

@@ -170,8 +170,8 @@ def facts(model: Model) -> str:
     per_image = {key: (two - one) / GIB for key, (one, two) in model.activations.items()}
     return (
         f"{model.trained / 1e9:.2f} billion parameters trained, {model.teacher / 1e9:.2f} of the teacher; "
-        f"{model.flops / 1e12:.1f} TFLOPs per image, {model.flops_checkpointed / 1e12:.1f} with gradient checkpointing; "
-        f"{per_image[False]:.2f} GiB of activations an image, {per_image[True]:.2f} with it."
+        f"{model.flops / 1e12:.1f} TFLOPs per image, {model.flops_checkpointed / 1e12:.1f} with gradient "
+        f"checkpointing; {per_image[False]:.2f} GiB of activations per image, {per_image[True]:.2f} with it."
     )
 
 

@@ -59,18 +59,13 @@ class Tiny(Head):
     def forward(self, features):
         return self.classify(features[-1])
 '''
-LAYOUT = '''
-"""Two images in a file `pair.txt`."""
-
-from pathlib import Path
-
-from data.layouts import Files
-
-
-def read(root: Path, split: str) -> Files:
+LAYOUT = """
+def _pair(root: Path, split: str) -> Files:
     names = (root / "pair.txt").read_text().split()
     return Files(root, names, [0, 1], ["a", "b"], "a pair")
-'''
+
+
+"""
 # kind -> (new file and its text, the table's file, the line before which the new one stands, the line and its import)
 KINDS = {
     "stage": ("trainer/stages/mean_token.py", STAGE, "trainer/stages/__init__.py", '    "probe": ',
@@ -81,7 +76,6 @@ KINDS = {
              ['    "tiny": ("tiny", "Tiny"),\n']),
     "recipe": ("trainer/recipes/mine.yaml", "train: {lr: 0.25}\n", None, None, []),
     "cluster": ("jobs/clusters/mine.yaml", "executor: slurm\npartition: mine\n", None, None, []),
-    "layout": ("data/pair.py", LAYOUT, "data/layouts.py", "LAYOUTS: ", []),
 }  # fmt: skip
 
 
@@ -91,9 +85,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("trainer", "models", "data", "jobs", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for kind, (path, text, table, before, lines) in KINDS.items():
-        if kind == "layout":
-            continue
+    for path, text, table, before, lines in KINDS.values():
         assert not (folder / path).exists()
         (folder / path).write_text(text.lstrip())
         if table is not None:
@@ -103,6 +95,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for line in lines[1:]:
                 new = new.replace("from .rala import", line + "from .rala import", 1)
             (folder / table).write_text(new)
+    layouts = folder / "data/layouts.py"  # a function and a line in its table
+    text = layouts.read_text().replace("LAYOUTS: ", LAYOUT.lstrip() + "LAYOUTS: ", 1)
+    line = '    "pair": (lambda root: (root / "pair.txt").is_file(), ("train",), _pair),\n'
+    layouts.write_text(text.replace('    "cifar": ', line + '    "cifar": ', 1))
     return folder
 
 
@@ -114,7 +110,7 @@ def run(clone: Path, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "layout"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_file_and_one_line(kind: str, clone: Path) -> None:
     path, _, table, _, lines = KINDS[kind]
     assert (clone / path).is_file()
@@ -131,7 +127,10 @@ def test_the_new_ones_work(clone: Path) -> None:
     said = run(clone, "trainer/run.py", *options, "--run", str(clone / "run"))
     assert "stage 4: mean token" in said and "trainable parameters: 187,008" in said
     code = """
+from pathlib import Path
 import torch
+from PIL import Image
+from data.layouts import open_source
 from jobs.settings import parse as jobs
 from models import build_head
 from trainer.config import parse
@@ -139,6 +138,11 @@ assert parse(["--stage", "4", "--config", "mine"]).train.lr == 0.25
 requests, _ = jobs(["--cluster", "mine"])
 assert list(requests) == ["1", "2", "3", "4", "probe"] and requests["4"].partition == "mine"
 assert build_head("tiny", 8, 3)([torch.zeros(1, 8, 2, 2)]).shape == (1, 3, 2, 2)
+(folder := Path("pair")).mkdir()
+(folder / "pair.txt").write_text("0.png 1.png")
+for i in range(2):
+    Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+assert len(open_source(folder, None, None, None, False)) == 2
 print("good")
 """
     assert run(clone, "-c", code) == "good\n"

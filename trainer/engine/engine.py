@@ -20,8 +20,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 
 def accumulation(settings: Settings, size: int) -> int:
-    """Micro-batches per rank and optimizer step: the fewest that keep to `micro_batch_size`, so that it may stay as it is
-    at another number of ranks. Raises UserError when the global batch cannot be shared by the ranks.
+    """Micro-batches per rank and optimizer step: the fewest that keep to `micro_batch_size`.
+
+    So that setting may stay as it is at another number of ranks. Raises UserError when the ranks cannot share the
+    global batch.
     """
     train = settings.train
     share, left = divmod(train.batch_size, size)

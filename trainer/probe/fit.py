@@ -1,8 +1,8 @@
-"""Fit and judge the probes of one group of feature vectors of equal width; keep each in a file of its own."""
+"""Fit and test the probes of a group of feature vectors of equal width; write each probe to a file of its own."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import UserError
-from trainer.probe.features import Array, Store
 from trainer.probe.settings import Probe
 from trainer.probe.solve import Blocks, Probes, logistic, ridge, statistics
+from trainer.probe.store import Array, Store
 
-CPU_BYTES = 2**27  # of features and solver state that a group may hold, on each core; what is larger is streamed
-BLOCK_BYTES = (
-    2**20
-)  # of features in a block, which CPUs are quickest with: it stays in the cache from product to product
+CPU_BYTES = 2**27  # of features and solver state that a group may hold, per core; larger features are streamed
+BLOCK_BYTES = 2**20  # of features in a block on CPUs: it stays in the cache from product to product
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,14 @@ class Fit:
 
     vector: Vector
     penalty: float
-    validation: dict[float, int]  # penalty -> images it classifies rightly
+    validation: dict[float, int]  # penalty -> number of correct images
     iterations: int
     gap: float  # see `Probes`
     right: dict[str, np.ndarray]  # data set, `validation` too -> bool [images]
 
 
 def vectors_of(arrays: list[Array], wanted: list[str]) -> list[Vector]:
-    """The vectors that `wanted` poolings make of the arrays; of those without a prefix token the mean alone."""
+    """The vectors that `wanted` poolings make of the arrays. A tap without prefix tokens has the mean alone."""
     by_tap: dict[tuple[str, str], dict[str, Array]] = {}
     for array in arrays:
         by_tap.setdefault((array.model, array.tap), {})[array.pool] = array
@@ -66,9 +64,10 @@ def vectors_of(arrays: list[Array], wanted: list[str]) -> list[Vector]:
 
 
 def groups_of(vectors: list[Vector], store: Store, problems: int, device: torch.device) -> list[list[Vector]]:
-    """Vectors of equal width that are fitted side by side, as many as the memory for them holds, the widest first.
+    """Vectors of equal width that are fitted side by side, as many as fit in memory. The widest come first.
 
-    `problems`: penalties x classes.
+    Args:
+        problems: penalties x classes.
     """
     groups: list[list[Vector]] = []
     for vector in sorted(vectors, key=lambda v: -v.width):
@@ -85,11 +84,11 @@ def groups_of(vectors: list[Vector], store: Store, problems: int, device: torch.
 
 def fit_groups(
     store: Store, groups: list[list[Vector]], classes: int, options: Probe, folder: Path, device: torch.device
-) -> Iterator[None]:
-    """Fit the groups, one an iteration; see `fit_group`.
+) -> Generator[None]:
+    """Fit the groups, one per iteration; see `fit_group`.
 
-    On CPUs a thread a core, each with a group of its own: such small products gain little from several cores, and what
-    comes out is the same bits on any number of them.
+    On CPUs each core has a thread with a group of its own: such small products gain little from several cores. So the
+    results are the same bits on any number of cores.
     """
     if device.type != "cpu":
         for group in groups:
@@ -106,16 +105,16 @@ def fit_groups(
 
 
 def memory(device: torch.device) -> int:
-    """Bytes that a group may take on a device: the same on all ranks, which form the same groups."""
+    """Bytes that a group may take on a device. It is the same on all ranks, so that they form the same groups."""
     return CPU_BYTES if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory // 8
 
 
 def fit_group(
     store: Store, group: list[Vector], classes: int, options: Probe, folder: Path, device: torch.device
 ) -> None:
-    """Fit a group's vectors on the split `fit`, choose penalties on `validation`, try them on every test set, keep all.
+    """Fit a group's vectors on the split `fit`, choose penalties on `validation`, test on every test set, write all.
 
-    Among penalties of equal accuracy the strongest, the smallest C, is taken; among classes of equal score the first.
+    Among penalties of equal accuracy the smallest C wins, the strongest. Among classes of equal score the first wins.
 
     Raises:
         UserError: features are not finite, or a fit cannot be written to `folder`.
@@ -134,7 +133,7 @@ def fit_group(
         probes = logistic(standardised, stats, options.penalties, options.tolerance)
 
     def right(split: str, chosen: Probes) -> Tensor:
-        """Whether each image is classified rightly: bool [M, P, N]."""
+        """Whether each image gets its class: bool [M, P, N]."""
         blocks = store.blocks(split, keys, device)
         return torch.cat([chosen.predict(stats.standardise(x)) == y for x, y in blocks], -1).cpu()
 
@@ -163,13 +162,13 @@ def _keep(folder: Path, fit: Fit, probe: dict[str, Tensor]) -> None:
     """Write a fit, and the probe itself: class scores are `(x / |x| - mean) / std @ weight + bias`."""
     tensors = {name: t.float().cpu().contiguous() for name, t in probe.items()}
     tensors |= {f"right.{name}": torch.from_numpy(np.packbits(right)) for name, right in fit.right.items()}
-    said: dict[str, Any] = asdict(fit) | {"right": {name: len(right) for name, right in fit.right.items()}}
-    said["validation"] = list(fit.validation.items())
+    described: dict[str, Any] = asdict(fit) | {"right": {name: len(right) for name, right in fit.right.items()}}
+    described["validation"] = list(fit.validation.items())
     path = folder / f"{fit.vector.name}.safetensors"
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, {"fit": json.dumps(said)})
+        save_file(tensors, part, {"fit": json.dumps(described)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); make room, then run the same command again") from error
@@ -179,12 +178,12 @@ def kept(folder: Path, vector: Vector) -> Fit | None:
     """The fit of a vector that was written before, or None."""
     try:
         with safe_open(folder / f"{vector.name}.safetensors", "np") as file:
-            said = json.loads(file.metadata()["fit"])
-            right = {n: file.get_tensor(f"right.{n}") for n in said["right"]}
+            described = json.loads(file.metadata()["fit"])
+            right = {n: file.get_tensor(f"right.{n}") for n in described["right"]}
     except (OSError, SafetensorError):
         return None
-    said["right"] = {n: np.unpackbits(bits, count=said["right"][n]).astype(bool) for n, bits in right.items()}
-    return Fit(**said | {"vector": vector, "validation": dict(map(tuple, said["validation"]))})
+    described["right"] = {n: np.unpackbits(bits, count=described["right"][n]).astype(bool) for n, bits in right.items()}
+    return Fit(**described | {"vector": vector, "validation": dict(map(tuple, described["validation"]))})
 
 
 def _held(blocks: Blocks, hold: bool) -> Blocks:

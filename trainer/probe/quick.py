@@ -1,4 +1,4 @@
-"""Quick probes while stage 2 trains: how far the student's modules are from the teacher's, as `probe.every` asks."""
+"""Quick probes while stage 2 trains, every `probe.every` steps: the student's modules beside the teacher's."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from trainer.probe.solve import ridge, statistics
 from trainer.ranks.world import World, dist
 from trainer.setup.build import Job
 
-IMAGES = 2048  # of the training images at most, drawn by lots: half are fitted, half are judged on
+IMAGES = 2048  # of the training images at most, drawn by lot: half to fit on, half to test on
 SHRINKAGE = 0.01  # ridge's alpha, as a share of the images that are fitted
 MODULES = ["blocks.*.act", "blocks.*.rc2"]
 
@@ -21,7 +21,7 @@ MODULES = ["blocks.*.act", "blocks.*.rc2"]
 class QuickProbe:
     """Ridge probes on the mean tokens of the student beside the teacher, on centre views of a few training images.
 
-    Called at each evaluation. It does something in stages that have quick probes, when the settings ask for it.
+    It is called at each evaluation. Without `probe.every`, or in a stage without quick probes, it does nothing.
     """
 
     def __init__(self, settings: Settings, job: Job, me: World, engine: DeepSpeedEngine) -> None:
@@ -50,14 +50,14 @@ class QuickProbe:
         )  # fmt: skip
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Top-1 in percent, {"student.blocks.0.act": ..., "teacher.blocks.0.act": ...}, or {} now; a collective."""
-        due = self.every and (step % self.every == 0 or step == self.job.steps)
-        return self._top1() if due else {}
+        """Top-1 in percent, {"student.blocks.0.act": ..., ...}, or {} between two probes; a collective."""
+        is_probed = self.every and (step % self.every == 0 or step == self.job.steps)
+        return self._top1() if is_probed else {}
 
     def _top1(self) -> dict[str, float]:
         stage, rows = self.job.stage, []
         self.engine.eval()
-        # Read through the engine, whose call gathers what ZeRO 3 has spread over the ranks.
+        # The call of the engine gathers the weights that ZeRO 3 spreads over the ranks.
         with torch.no_grad(), tapped(stage.student, self.names, "mean") as student, tapped(
             stage.teacher, self.names, "mean"
         ) as teacher:  # fmt: skip
@@ -70,13 +70,13 @@ class QuickProbe:
         columns = {key: self._everywhere(torch.cat([row[key] for row in rows])) for key in rows[0]}
         label, index, valid = (columns.pop(key) for key in ("label", "index", "valid"))
         fit = valid & torch.isin(index, self.fitted)
-        judged = valid & ~fit
+        tested = valid & ~fit
         top1 = torch.zeros(len(columns), dtype=torch.float64, device=self.me.device)
         for i, x in enumerate(columns.values()):
             if i % self.me.size == self.me.rank:
                 stats = statistics(lambda x=x: [(x[None, fit], label[fit])], self.classes)
                 probes = ridge(stats, [1 / (SHRINKAGE * stats.count)])
-                top1[i] = 100 * (probes.predict(stats.standardise(x[None, judged])) == label[judged]).double().mean()
+                top1[i] = 100 * (probes.predict(stats.standardise(x[None, tested])) == label[tested]).double().mean()
         dist.all_reduce(top1)
         return {".".join(key): value for key, value in zip(columns, top1.tolist(), strict=True)}
 

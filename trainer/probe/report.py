@@ -1,7 +1,7 @@
-"""What the probes say: results.json and .csv, a table, pictures, and advice.
+"""The results of the probes: results.json and .csv, a table, pictures, and advice.
 
-Intervals are 95 %: Wilson's for an accuracy; for a difference on the same images the normal one of the paired
-differences. What is chosen (penalty, pooling, module) is chosen on the validation images alone.
+Intervals are 95 %. An accuracy has Wilson's interval. A difference on the same images has the normal interval of the
+paired differences. The validation images alone choose penalty, pooling and module.
 """
 
 import csv
@@ -29,11 +29,11 @@ LABELS = {name: name.upper() if name != "act" else "Act" for name in BLOCK_MODUL
 
 
 def report(folder: Path, fits: list[Fit], record: dict[str, Any]) -> str:
-    """Write results.csv, the pictures and, last, results.json; gives the text for the screen.
+    """Write results.csv, the pictures and, last, results.json. Returns the text for the screen.
 
     Args:
         fits: in the order of the forward pass, model by model.
-        record: of models and data.
+        record: plan.json, which says what was probed.
     """
     rows = [row for fit in fits for row in rows_of(fit)]
     text = io.StringIO()
@@ -59,7 +59,7 @@ def report(folder: Path, fits: list[Fit], record: dict[str, Any]) -> str:
 
 
 def rows_of(fit: Fit) -> list[dict[str, Any]]:
-    """One row a penalty on the validation images, and one a test set at the penalty that they chose."""
+    """One row per penalty on the validation images, and one per test set at the penalty that they chose."""
     block, module = place(fit.vector.tap)
     images = len(fit.right["validation"])
     found = [("validation", penalty, hits, images) for penalty, hits in fit.validation.items()]
@@ -94,7 +94,7 @@ def paired(right: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def by_module(fits: list[Fit]) -> dict[tuple[str, str], Fit]:
-    """(model, tap) -> the fit whose pooling does best on the validation images; among equals the first."""
+    """(model, tap) -> the fit of the pooling that is best on the validation images. Among equals the first wins."""
     best: dict[tuple[str, str], Fit] = {}
     for fit in fits:
         key = fit.vector.model, fit.vector.tap
@@ -104,34 +104,34 @@ def by_module(fits: list[Fit]) -> dict[tuple[str, str], Fit]:
 
 
 def on_validation(fit: Fit) -> int:
-    """Validation images that the fit has right."""
+    """Number of validation images that get their class."""
     return int(fit.right["validation"].sum())
 
 
 def advise(model: str, fits: list[Fit], tests: list[str]) -> list[str]:
-    """What to probe instead of the last layer, chosen on validation, and what that gives on each test set."""
+    """Which module to probe instead of the last layer, by the validation images, and the gain on each test set."""
     own = [fit for fit in fits if fit.vector.model == model]
     best = max(own, key=on_validation)
     last = max((fit for fit in own if fit.vector.tap == own[-1].vector.tap), key=on_validation)
-    said = []
+    parts = []
     for name in tests:
         gain, half = paired(best.right[name], last.right[name])
-        said.append(f"{gain:+.1f} +- {half:.1f} on {name} ({100 * best.right[name].mean():.1f})")
-    return [f"{model}: probe {words(best)}; over the last layer, {words(last)}: {', '.join(said)}"]
+        parts.append(f"{gain:+.1f} +- {half:.1f} on {name} ({100 * best.right[name].mean():.1f})")
+    return [f"{model}: probe {words(best)}; over the last layer, {words(last)}: {', '.join(parts)}"]
 
 
 def compare(chosen: dict[tuple[str, str], Fit], tests: list[str]) -> list[str]:
-    """Where the student loses most, found on validation, and how much that is on each test set."""
+    """The module at which the student loses most, by the validation images, and the loss on each test set."""
     taps = [tap for model, tap in chosen if model == "student" and ("teacher", tap) in chosen]
     loss = {tap: on_validation(chosen["student", tap]) - on_validation(chosen["teacher", tap]) for tap in taps}
     worst = min(taps, key=loss.__getitem__)
-    said = []
+    parts = []
     for name in tests:
         gain, half = paired(*(chosen[model, worst].right[name] for model in ("student", "teacher")))
         mean = np.mean([100 * (chosen["student", t].right[name].mean() - chosen["teacher", t].right[name].mean())
                         for t in taps])  # fmt: skip
-        said.append(f"{gain:+.1f} +- {half:.1f} on {name} (mean over modules {mean:+.1f})")
-    return [f"student - teacher: loses most at {title(worst)}: {', '.join(said)}"]
+        parts.append(f"{gain:+.1f} +- {half:.1f} on {name} (mean over modules {mean:+.1f})")
+    return [f"student - teacher: loses most at {title(worst)}: {', '.join(parts)}"]
 
 
 def title(tap: str) -> str:
@@ -146,7 +146,7 @@ def words(fit: Fit) -> str:
 
 
 def grid(chosen: dict[tuple[str, str], Fit], model: str, name: str) -> tuple[np.ndarray, list[str]]:
-    """Top-1 in percent, [blocks, modules], NaN where there is none; and the modules' names."""
+    """Top-1 in percent, [blocks, modules], NaN where there is no probe; and the names of the modules."""
     cells = {place(tap): fit for (m, tap), fit in chosen.items() if m == model}
     blocks = 1 + max((block for block, _ in cells if block is not None), default=-1)
     modules = [module for module in BLOCK_MODULES if any(m == module for b, m in cells if b is not None)]
@@ -158,7 +158,7 @@ def grid(chosen: dict[tuple[str, str], Fit], model: str, name: str) -> tuple[np.
 
 
 def table(chosen: dict[tuple[str, str], Fit], model: str, name: str) -> str:
-    """Top-1 a block and module, for the screen."""
+    """Top-1 per block and module, for the screen."""
     values, modules = grid(chosen, model, name)
     lines = [f"{model}, top-1 on {name} (%)", "block  " + "".join(f"{LABELS[m]:>7}" for m in modules)]
     lines += [f"{i:>5}  " + "".join(f"{v:7.1f}" for v in row) for i, row in enumerate(values)]
@@ -199,7 +199,7 @@ def draw_heat_maps(chosen: dict[tuple[str, str], Fit], name: str) -> Figure:
 
 
 def draw_depth(chosen: dict[tuple[str, str], Fit], tests: list[str]) -> Figure:
-    """Accuracy over depth, a line a module; a row a model, a column a test set."""
+    """Accuracy over depth: a line per module, a row per model, a column per test set."""
     models = list(dict.fromkeys(model for model, _ in chosen))
     size = (4.2 * len(tests) + 1.2, 3.4 * len(models))
     figure, axes = plt.subplots(

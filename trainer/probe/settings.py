@@ -7,12 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
 
-from trainer.fields import Count, CountOrZero, Factors, OpenFraction, Positive, checked
+from trainer.fields import Count, CountOrZero, Factors, OpenFraction, Positive, checked, words
 
 
 def non_empty(kind: Any) -> Any:
     """A list of at least one."""
-    return checked(list[kind], "a list of at least one", len)
+    return checked(list[kind], f"a list of at least one ({words(kind)})", len)
 
 
 def _at_home(pairs: list[str]) -> list[str]:
@@ -27,7 +27,7 @@ TestSets = Annotated[_Pairs, AfterValidator(_at_home)]
 class Probe:
     """Linear probes on every module of every block, teacher beside student."""
 
-    free: ClassVar = frozenset({"keep_features"})
+    free: ClassVar = frozenset({"keep_features", "test"})  # test sets are compared by what they hold
 
     models: non_empty(Literal["teacher", "student"]) = field(default_factory=lambda: ["teacher", "student"])
     """Which models are probed."""
@@ -44,7 +44,9 @@ class Probe:
     validation: OpenFraction = 0.1
     """Share of the training images that chooses penalty and module."""
     images: Count | None = None
-    """Fit on so many training images only."""
+    """Number of training images to fit on; by default as many as store_gib holds."""
+    store_gib: Positive = 64.0
+    """GiB on disk for the features. Where all images need more, a part is read, with equally many per class."""
     test: TestSets = field(default_factory=list)
     """NAME=FILE ...: further test sets beside data.val, such as shifted ones."""
     batch_size: Count = 64

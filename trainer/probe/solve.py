@@ -1,7 +1,7 @@
 """Linear probes for many modules and penalties at once, over features that need not fit in memory.
 
 Features are L2-normalised, then standardised with the statistics of the images that are fitted, as in "Layer by layer,
-module by module", arXiv 2603.05280. Shapes: M modules of one width D, N images of a block, P penalties, K classes.
+module by module", arXiv 2603.05280. Shapes: M modules of one width D, N images per block, P penalties, K classes.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Gives, each time it is called, the same images again: blocks of features [M, N, D] fp32 or fp64, and labels int64 [N].
+# Each call gives the same images: blocks of features [M, N, D] fp32 or fp64, and labels int64 [N].
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass
 class Statistics:
-    """What one pass over the fitted images gives: enough for ridge, and for logistic regression's preconditioner."""
+    """The result of one pass over the fitted images: enough for ridge, and to precondition logistic regression."""
 
     count: int
     mean_MD: Tensor  # of the normalised features, fp64
@@ -39,16 +39,16 @@ class Probes:
     weight_MPKD: Tensor
     bias_MPK: Tensor
     iterations_MP: Tensor  # 0 where the solution is exact
-    gap_MP: Tensor  # estimate of how far the objective is above its least, in nats an image; 0 where exact
+    gap_MP: Tensor  # estimate of the distance to the least objective, nats per image; 0 where exact
 
     def at(self, penalty_M: Tensor) -> "Probes":
-        """One penalty a module, given by its index: P becomes 1."""
+        """One penalty per module, given by its index: P becomes 1."""
         m = torch.arange(len(penalty_M))
         parts = self.weight_MPKD, self.bias_MPK, self.iterations_MP, self.gap_MP
         return Probes(*(part[m.to(part.device), penalty_M.to(part.device)].unsqueeze(1) for part in parts))
 
     def predict(self, x_MND: Tensor) -> Tensor:
-        """Standardised features -> classes int64 [M, P, N]; among equal scores the first class."""
+        """Standardised features -> classes int64 [M, P, N]. Among equal scores the first class wins."""
         scores = self.weight_MPKD.to(x_MND) @ x_MND.mT.unsqueeze(1) + self.bias_MPK.to(x_MND).unsqueeze(-1)
         return scores.argmax(2)
 
@@ -56,8 +56,8 @@ class Probes:
 def statistics(blocks: Blocks, classes: int) -> Statistics:
     """Mean, deviation, Gram matrix and class sums of the L2-normalised features, in one pass.
 
-    Sums are kept in fp64, and shifted and scaled by the first block's statistics: a feature whose mean is large beside
-    its deviation would lose its digits in plain sums of squares.
+    Sums are in fp64, shifted and scaled by the statistics of the first block. In plain sums of squares a feature would
+    lose its digits when its mean is much larger than its deviation.
     """
     count, sums = 0, None
     for x, y in blocks():
@@ -87,7 +87,7 @@ def statistics(blocks: Blocks, classes: int) -> Statistics:
 def ridge(stats: Statistics, penalties: list[float]) -> Probes:
     """Least squares on one-hot labels: minimises 0.5 ||W||^2 + C sum of 0.5 (y - W x - b)^2, b free.
 
-    All penalties C come from one eigendecomposition; scikit-learn's `alpha` is 1 / C.
+    One eigendecomposition serves all penalties C. scikit-learn's `alpha` is 1 / C.
     """
     values, vectors = torch.linalg.eigh(stats.gram_MDD)
     shrink_P11 = torch.tensor([1 / c for c in penalties], dtype=torch.float64, device=values.device).view(-1, 1, 1)
@@ -103,18 +103,18 @@ def logistic(
 ) -> Probes:
     """Multinomial logistic regression: minimises 0.5 ||W||^2 + C sum of cross-entropies, b free, as scikit-learn does.
 
-    L-BFGS (Liu and Nocedal 1989) on the full data, all modules and penalties side by side, in coordinates in which the
-    Hessian is at most the identity everywhere: Boehning's bound (Annals of the Institute of Statistical Mathematics
-    44, 1992) says that the cross-entropy's Hessian is at most X^T X / 2 for each class, and the Gram matrix's
-    eigenvectors make that diagonal. So a step of 1 is safe, and the correlations between features, which slow plain
-    gradient methods down, are gone.
+    The solver is L-BFGS (Liu and Nocedal 1989) on the full data, for all modules and penalties side by side. It works
+    in coordinates in which the Hessian is at most the identity everywhere. Boehning's bound (Annals of the Institute of
+    Statistical Mathematics 44, 1992) says that the cross-entropy's Hessian is at most X^T X / 2 for each class. The
+    Gram matrix's eigenvectors make that diagonal. So a step of 1 is safe. Correlations between features, which slow
+    plain gradient methods down, are gone.
 
     Args:
         blocks: standardised features.
-        tolerance: a problem is solved when half the squared norm of its gradient, in the metric of the inverse Hessian
-            (L-BFGS's estimate), is at most this. That is how far the objective, divided by C and the number of images,
-            is above its least, in nats, up to the estimate's error (several times too low in early iterations); it does
-            not depend on the features' scale. scikit-learn's default, a bound on the gradient's entries, leaves 1e-4.
+        tolerance: a problem is solved when half the squared norm of its gradient is at most this. The norm is in the
+            metric of the inverse Hessian, which L-BFGS estimates. So it is the distance to the least objective, divided
+            by C and the number of images: in nats, whatever the features' scale. In early iterations the estimate is
+            several times too low. scikit-learn's default, a bound on the gradient's entries, leaves 1e-4.
     """
     values, vectors = torch.linalg.eigh(stats.gram_MDD)
     first = next(iter(blocks()))[0]
@@ -171,8 +171,7 @@ def minimise(
         tolerance: of the estimated gap between a value and the least one.
 
     Returns:
-        z, iterations taken [M, P], gaps left [M, P]. Penalties whose problems are all solved are left out of what is
-        computed from then on.
+        z, iterations taken [M, P], gaps left [M, P]. Once all problems of a penalty are solved, it costs no more.
     """
     M, P = start.shape[:2]
     taken, left = torch.zeros(M, P, dtype=torch.long), torch.zeros(M, P)
@@ -185,7 +184,7 @@ def minimise(
         slope = dot(gradient, direction)
         gap = -slope / 2
         left[:, live.cpu()] = torch.where(unsolved.cpu(), gap.float().cpu(), left[:, live.cpu()])
-        unsolved = unsolved & (gap > tolerance)  # what is solved stays as it is
+        unsolved = unsolved & (gap > tolerance)  # a solved problem stays as it is
         result[:, live] = z
         stays = unsolved.any(0)
         if not stays.any() or iteration == max_iterations:
@@ -199,14 +198,14 @@ def minimise(
         for _ in range(20):
             new_z = z + step[:, :, None, None].to(z.dtype) * direction
             new_value, new_gradient = objective(new_z, live)
-            # Rounding of the value: near the solution the gradient still tells what the value cannot.
+            # The last term is for rounding: near the solution the gradient is more exact than the value.
             short = new_value > value + 1e-4 * step * slope + 1e-7 * value.abs()
             if not short.any():
                 break
             step = torch.where(short, step / 2, step)
         s, y = new_z - z, new_gradient - gradient
         curvature = dot(s, y)
-        rho = torch.where(curvature > 1e-10 * dot(y, y), 1 / curvature, 0.0)  # 0: this pair is passed over
+        rho = torch.where(curvature > 1e-10 * dot(y, y), 1 / curvature, 0.0)  # 0: this pair is left out
         rho = rho.to(z.dtype)[..., None, None]
         history = [*history[1 - memory :], (s, y, rho)]
         z, value, gradient = new_z, new_value, new_gradient
@@ -214,14 +213,15 @@ def minimise(
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """A product a problem: [M, P, K, E] twice -> [M, P] fp64."""
+    """Inner product per problem: [M, P, K, E] twice -> [M, P] fp64."""
     return (a * b).sum((2, 3), dtype=torch.float64)
 
 
 def direction_of(gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Minus the inverse Hessian's estimate times the gradient (Nocedal and Wright, algorithm 7.4).
+    """Minus the estimated inverse Hessian times the gradient (Nocedal and Wright, algorithm 7.4).
 
-    `history`: steps s and changes of the gradient y like it, and 1 / (s y) [M, P, 1, 1].
+    Args:
+        history: steps s, changes of the gradient y, both like `gradient`, and 1 / (s y) [M, P, 1, 1].
     """
 
     def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -22,8 +22,12 @@ from tests.conftest import ARCHITECTURE, ROOT, Blobs, run_trainer, zygote
 from tests.support.zygote import Run
 from trainer.config import UserError, parse
 from trainer.main import main
+from trainer.output.folder import StageFolder
+from trainer.probe.images import balanced, share_out
+from trainer.probe.plan import first_difference, make_plan
 from trainer.probe.report import paired, wilson
 from trainer.probe.solve import logistic, ridge, statistics
+from trainer.probe.stage import check
 
 PENALTIES = [0.01, 1.0, 10.0]
 
@@ -180,7 +184,7 @@ def test_its_features_are_the_models_on_centre_views_and_its_probes_say_what_it_
 
 def test_fit_and_validation_are_parts_of_the_training_images(alone: Path) -> None:
     plan = json.loads((alone / "plan.json").read_text())
-    assert plan["split"] == {"fit": 72, "validation": 24}
+    assert plan["split"] == {"fit": 72, "validation": 24, "val": 22, "shifted": 30}
 
 
 def test_two_ranks_find_the_same(small: Path, shifted: Path, alone: Path, tmp_path: Path) -> None:
@@ -261,6 +265,10 @@ class Five(Blobs):
         (["--probe.test", "val={small}/val.beton"], ("probe.test val=", "taken")),
         (["--probe.test", "{small}/val.beton"], ("probe.test", "NAME=FILE")),
         (["--data.val", "null"], ("data.val null", "--probe.test NAME=FILE")),
+        (["--data.train", "null"], ("data.train", "--data.train FILE")),
+        (["--probe.test", "train={small}/val.beton"], ("probe.test train=", "taken")),
+        (["--probe.store_gib", "1e-6"], ("probe.store_gib 1e-06", "at least", "probe.dtype fp16")),
+        (["--probe.store_gib", "1e-4", "--probe.images", "70"], ("probe.store_gib 0.0001", "at least")),
         (["--probe.modules", "[blocks.*.nope]"], ("blocks.*.nope", "unknown", "act")),
         (["--probe.modules", "[blocks.7.act]"], ("blocks.7.act", "blocks.<0..1")),
         (["--probe.modules", "[]"], ("probe.modules", "at least one")),
@@ -292,10 +300,24 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_room_for_the_features(small: Path, disk: Path, capsys) -> None:
+def test_check_needs_no_models(small: Path, bad: Path) -> None:
+    argv = ["--config", str(small / "recipe.yaml"), "--stage", "probe", "--teacher.name", "no_such_vit"]
+    check(parse(argv))
+    for options, words in ((["--data.train", "null"], "data.train: which images"),
+                           (["--data.val", f"{bad}/other.beton"], "data.val .*: class 2 is 'x', there 'c'"),
+                           (["--probe.validation", "0.001"], "probe.validation")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            check(parse([*argv, *options]))
+
+
+def fill(disk: Path) -> None:
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:
             file.write(bytes(4096))
+
+
+def test_no_room_for_the_features(small: Path, disk: Path, capsys) -> None:
+    fill(disk)
     run = disk / "run"
     assert main(["--config", str(small / "recipe.yaml"), "--stage", "probe", "--run", str(run)]) == 2
     said = capsys.readouterr().err
@@ -316,6 +338,73 @@ def test_a_finished_probe_is_not_made_again_nor_mixed_with_another(small: Path, 
     (tmp_path / "run/probe/plan.json").write_text(json.dumps(plan))
     assert main(argv) == 2
     assert "was made of others: models.student.sha256" in capsys.readouterr().err
+
+
+def test_a_file_is_known_by_what_it_holds(small: Path, alone: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(alone, tmp_path / "run/probe")
+    for name in ("train", "val", "shifted"):
+        for suffix in (".beton", ".beton.json"):
+            shutil.copy(small / f"{name}{suffix}", tmp_path / f"moved_{name}{suffix}")
+    argv = ["--config", str(small / "recipe.yaml"), "--stage", "probe", "--run", str(tmp_path / "run"), *OPTIONS]
+    moved = ["--data.train", f"{tmp_path}/moved_train.beton", "--data.val", f"{tmp_path}/moved_val.beton"]
+    assert main([*argv, *moved, "--probe.test", f"shifted={tmp_path}/moved_shifted.beton"]) == 0
+    assert main([*argv, *moved, "--probe.test", f"shifted={tmp_path}/moved_val.beton"]) == 2
+    assert "was made of others: data.shifted.images was 30, is now 22" in capsys.readouterr().err
+
+
+def test_what_must_stay_the_same() -> None:
+    def record(**changed) -> dict:
+        student = {"from": "a", "sha256": "1", "export": "2"} | changed.pop("student", {})
+        val = {"path": "val", "images": 3, "sha256": "4", "digest": "5"} | changed.pop("val", {})
+        whole = {"models": {"student": student}, "data": {"val": val}, "split": {"fit": 6}, "images_per_file": 7}
+        return whole | changed
+
+    same = ({"student": {"from": "b"}}, {"val": {"path": "b"}}, {"val": {"sha256": None, "path": "b"}})
+    assert not [changed for changed in same if first_difference(record(), record(**changed))]
+    others = {
+        "models.student.export was '2', is now '0'": {"student": {"export": "0"}},
+        "data.val.sha256 was '4', is now '0'": {"val": {"sha256": "0"}},
+        "data.val.path was 'val', is now 'b'": {"val": {"sha256": None, "digest": None, "path": "b"}},
+        "split.fit was 6, is now 5": {"split": {"fit": 5}},
+        "images_per_file was 7, is now 8": {"images_per_file": 8},
+    }
+    assert {words: first_difference(record(), record(**changed)) for words, changed in others.items()} == {
+        words: words for words in others
+    }
+
+
+def test_images_that_fit_in_the_store() -> None:
+    imagenet = {"fit": 1_153_000, "validation": 128_000, "val": 50_000}
+    assert share_out(imagenet, 2_000_000, False) == imagenet
+    assert share_out(imagenet, 12_000, False) == {"fit": 6_000, "validation": 3_000, "val": 3_000}
+    assert share_out(imagenet, 300_000, False) == {"fit": 150_000, "validation": 100_000, "val": 50_000}
+    assert share_out(imagenet | {"validation": 10}, 12_000, False) == {"fit": 6_000, "validation": 10, "val": 5_990}
+    assert share_out(imagenet | {"fit": 10_000}, 12_000, True) == {"fit": 10_000, "validation": 1_000, "val": 1_000}
+    labels = np.repeat([2, 0, 1], [50, 3, 20])
+    drawn = labels[balanced(labels, np.random.default_rng(0).random(73))]
+    assert np.bincount(drawn[:9]).tolist() == [3, 3, 3] and np.bincount(drawn[:23]).tolist() == [3, 10, 10]
+    assert np.bincount(drawn).tolist() == [3, 20, 50]
+
+
+def test_a_part_is_read_where_all_do_not_fit(small: Path, disk: Path, capsys) -> None:
+    """The disk is the limit. A run that goes on keeps its images although less is free."""
+    argv = ["--config", str(small / "recipe.yaml"), "--stage", "probe", "--run", str(disk / "run")]
+    assert main([*argv, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "all images need" in said and "of 22 (val); for all give --probe.store_gib 1," in said
+    settings = parse(argv)
+    folder = StageFolder(settings)
+    plan = make_plan(settings, folder)
+    assert all(plan.counts[name] <= whole for name, whole in {"fit": 86, "validation": 10, "val": 22}.items())
+    assert sum(plan.counts.values()) < 118
+    (folder.path / "features/fit").mkdir(parents=True)
+    (folder.path / "features/fit/00000000.safetensors.part").touch()
+    (folder.path / "plan.json").write_text(json.dumps(plan.record))
+    fill(disk)
+    again = make_plan(settings, folder)
+    for name, split in plan.store.splits.items():
+        assert len(split.indices) == plan.counts[name]
+        assert np.array_equal(split.indices, again.store.splits[name].indices)
 
 
 def test_dry_run_says_what_would_be_read(small: Path, tmp_path: Path, capsys) -> None:

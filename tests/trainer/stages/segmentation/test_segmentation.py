@@ -1,4 +1,4 @@
-"""Stage 3 for segmentation on real DeepSpeed ranks: it learns, is evaluated exactly, resumes, and names what is wrong."""
+"""Stage 3 for segmentation on real DeepSpeed ranks: learning, exact evaluation, resuming, mistakes."""
 
 import json
 import shutil
