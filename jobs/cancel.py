@@ -1,4 +1,4 @@
-"""`python -m jobs.cancel RUN`: what runs is stopped and saved, what waits is taken out of the queue."""
+"""`python -m jobs.cancel RUN`: stop and save what runs, and take out of the queue what waits."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
             slurm.cancel(on_slurm)
         for submitted in live:
             if submitted.executor == "local":
-                os.kill(int(submitted.job), signal.SIGTERM)  # its controller hands it on to the ranks, which save
+                os.kill(int(submitted.job), signal.SIGTERM)  # its controller passes it to the ranks, which save
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

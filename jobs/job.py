@@ -18,15 +18,15 @@ class StageJob:
         self.argv, self.gpus_per_node, self.records = argv, gpus_per_node, records
 
     def __call__(self) -> int:
-        """The trainer's exit status; with the executors slurm and local the process ends with it."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the imports take seconds; a stop is heeded afterwards
+        """The trainer's exit status. With the executors slurm and local the process ends with it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the imports take seconds; a stop takes effect afterwards
         here = submitit.JobEnvironment()
         if here.num_tasks > 1:
             torch_environment = submitit.helpers.TorchDistributedEnvironment()
             torch_environment.export(set_cuda_visible_devices=False, overwrite=True)
             if here.cluster == "local":
-                os.environ["MASTER_ADDR"] = "127.0.0.1"  # the machine's name need not lead to an address
-            os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # by which DeepSpeed knows of one node
+                os.environ["MASTER_ADDR"] = "127.0.0.1"  # the machine's name may have no address
+            os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # tells DeepSpeed of one node
         if here.global_rank == 0:
             self.records.note(here.job_id, "started", nodes=list(here.hostnames), ranks=here.num_tasks)
         from trainer.main import main
@@ -42,7 +42,7 @@ class StageJob:
         return status
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """For submitit's own handler, which a signal reaches in the moments before this is called: start again."""
+        """Start again. submitit's own handler calls it, when a signal comes before the trainer listens."""
         return submitit.helpers.DelayedSubmission(self)
 
     def _check_gpus(self) -> int:

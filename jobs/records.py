@@ -1,7 +1,7 @@
-"""What is kept of a run's jobs, in `RUN/jobs`, beside the logs: nothing here asks a cluster.
+"""The records of a run's jobs, in `RUN/jobs`, beside the logs. Nothing here asks a cluster.
 
-`submitted.jsonl` has a line a job, written where it was submitted. `<job>.jsonl` is the job's own journal, a line an
-event: `started` (by rank 0), `requeued` with the reason, `ended` with the exit status and the reason.
+`submitted.jsonl` has a line per job. `<job>.jsonl` is the job's own journal, a line per event: `started` (by rank 0),
+`requeued` with the reason, `ended` with the exit status and the reason.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ class Records:
     """The records of a run, or of a sweep's runs together."""
 
     def __init__(self, run: Path) -> None:
-        """`run`: the run folder, or the folder that a sweep's run folders lie in."""
+        """`run`: the run folder, or the folder of a sweep's run folders."""
         self.folder = run / "jobs"
         self._submitted = self.folder / "submitted.jsonl"
 
@@ -54,11 +54,11 @@ class Records:
             yield
 
     def add(self, submitted: Submitted) -> None:
-        """Keeps a job."""
+        """Record a job."""
         _append(self._submitted, asdict(submitted))
 
     def newest(self) -> dict[tuple[str, str], Submitted]:
-        """The newest job of each (run, stage), in the order of their first submission."""
+        """The newest job per (run, stage), in the order of their first submission."""
         return {(s.run, s.stage): s for s in (Submitted(**line) for line in _lines(self._submitted))}
 
     def journal(self, job: str) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ class Records:
         return _lines(self.folder / f"{job}.jsonl")
 
     def note(self, job: str, event: str, **more: Any) -> None:
-        """Adds an event to a job's journal."""
+        """Add an event to a job's journal."""
         _append(self.folder / f"{job}.jsonl", {"event": event, "time": time.time(), **more})
 
     def log(self, job: str) -> Path:
@@ -75,7 +75,7 @@ class Records:
 
 
 def find(run: Path) -> tuple[Records, list[Submitted]]:
-    """The records that tell of a run, or of all runs of a sweep, and the newest job of each stage.
+    """The records of a run, or of all runs of a sweep, and the newest job of each stage.
 
     Raises:
         UserError: nothing was submitted for it.
@@ -94,7 +94,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file that may not be there, or end in a line that is still being written."""
+    """The lines of a file, which may be missing, or end in a line that is still being written."""
     found = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:

@@ -1,4 +1,4 @@
-"""`python -m jobs.status RUN`: a line a stage."""
+"""`python -m jobs.status RUN`: a line per stage."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from trainer.config import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 when nothing was submitted for the run."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.status", description="Show a run's jobs, a line a stage.")
+    parser = argparse.ArgumentParser(prog="python -m jobs.status", description="Show a run's jobs, a line per stage.")
     parser.add_argument("run", type=Path, help="run folder, or a sweep's")
     try:
         print(table(lines(*find(parser.parse_args(argv).run))))
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(found: list[Line]) -> str:
-    """The lines under their headings; columns that are empty throughout are left out."""
+    """The lines under their headings, without columns that are empty throughout."""
     names = [field.name for field in dataclasses.fields(Line)]
     rows = [names, *([getattr(line, name) for name in names] for line in found)]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
