@@ -32,7 +32,7 @@ class StageJob:
         from trainer.main import main
         from trainer.ranks.world import end
 
-        status = self._check_gpus() or main(self.argv)
+        status = self._check_gpus(here) or main(self.argv)
         if here.cluster == "slurm":  # the batch script notes the end, and requeues
             end(status)
         if here.global_rank == 0:
@@ -45,15 +45,14 @@ class StageJob:
         """Start again. submitit's own handler calls it, when a signal comes before the trainer listens."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _check_gpus(self) -> int:
+    def _check_gpus(self, here: submitit.JobEnvironment) -> int:
         import torch
 
         from trainer.ranks.watchdog import Watchdog
-        from trainer.ranks.world import this_process
 
-        me, found = this_process(), torch.cuda.device_count()
-        if me.local_rank < self.gpus_per_node and found < self.gpus_per_node:
-            with Watchdog(me.rank, me.size) as watchdog:  # which ends the ranks on other nodes too
+        found = torch.cuda.device_count()
+        if here.local_rank < self.gpus_per_node and found < self.gpus_per_node:
+            with Watchdog(here.global_rank, here.num_tasks) as watchdog:  # which ends the ranks on other nodes too
                 what = f"--gpus_per_node {self.gpus_per_node}: torch sees {found} on {watchdog.host}"
                 return watchdog.fail(UserError(f"{what}; ask for fewer, mend the driver there, or --exclude the node"))
         return 0

@@ -52,7 +52,7 @@ def plan(requests: dict[str, Request], arguments: list[str]) -> tuple[Path, Chai
         UserError: a setting does not exist or fit.
     """
     sweep = combinations(next(iter(requests.values())).sweep)
-    base = Path(parse_settings([*arguments, "--stage", next(iter(requests))]).run)
+    base = Path(parse_settings([*arguments, "--stage", next(iter(requests))]).run).absolute()
     chain = []
     for stage, request in requests.items():
         runs = []

@@ -4,17 +4,20 @@
 `requeued` with the reason, `ended` with the exit status and the reason.
 """
 
-import fcntl
+import argparse
+import difflib
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.config import UserError
+from trainer.output.paths import hold
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,10 @@ class Records:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            lock = hold(self.folder)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror.lower()})") from error
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def add(self, submitted: Submitted) -> None:
@@ -59,7 +61,8 @@ class Records:
 
     def newest(self) -> dict[tuple[str, str], Submitted]:
         """The newest job per (run, stage), in the order of their first submission."""
-        return {(s.run, s.stage): s for s in (Submitted(**line) for line in _lines(self._submitted))}
+        found = (Submitted(**line | {"run": os.path.abspath(line["run"])}) for line in _lines(self._submitted))
+        return {(submitted.run, submitted.stage): submitted for submitted in found}
 
     def journal(self, job: str) -> list[dict[str, Any]]:
         """The events of a job, oldest first."""
@@ -74,17 +77,34 @@ class Records:
         return self.folder / f"{job}_0_log.out"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; usage: {self.prog} RUN")
+
+
+def typed_run(argv: list[str] | None, command: str, description: str) -> Path:
+    """The run folder on the command line of `jobs.<command>`. Raises UserError when it is not one path."""
+    parser = _Parser(prog=f"python -m jobs.{command}", description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="the run folder, or a sweep's")
+    return Path(parser.parse_args(argv).run).expanduser()
+
+
 def find(run: Path) -> tuple[Records, list[Submitted]]:
     """The records of a run, or of all runs of a sweep, and the newest job of each stage.
 
     Raises:
         UserError: nothing was submitted for it.
     """
+    run = run.absolute()
     for records in (Records(run), Records(run.parent)):
         jobs = [s for s in records.newest().values() if records.folder.parent == run or Path(s.run) == run]
         if jobs:
             return records, jobs
-    raise UserError(f"{run}: no job was submitted for it; python -m jobs.submit --run {run} does")
+    have = [path.parents[1].name for path in run.parent.glob("*/jobs/submitted.jsonl")]
+    near = difflib.get_close_matches(run.name, have, 1)
+    hint = f"did you mean {run.parent / near[0]}? " if near else ""
+    how = f"python -m jobs.submit --run {shlex.quote(str(run))} submits one"
+    raise UserError(f"{run}: no job was submitted for it; {hint}{how}")
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

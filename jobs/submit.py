@@ -4,6 +4,7 @@ Each stage is a job, which waits for the one before. A stage that is complete is
 is not submitted twice. So the same command resumes whatever is missing.
 """
 
+import shlex
 import sys
 
 from jobs import batch, here, slurm
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
-    print(f"run folder: {run}\nfollow: python -m jobs.status {run}\ncancel: python -m jobs.cancel {run}")
+    typed = shlex.quote(str(run))
+    print(f"run folder: {run}\nfollow: python -m jobs.status {typed}\ncancel: python -m jobs.cancel {typed}")
     print("resume: the same command again")
     return 0
 
