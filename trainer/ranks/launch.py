@@ -65,7 +65,7 @@ def _take(environment: MutableMapping[str, str]) -> None:
             environment.setdefault(name, value)
         elif name not in environment:
             raise MachineError(f"{launcher} started {environment[size]} processes, but {name} is not set; give them "
-                               "MASTER_ADDR, the host of rank 0, and MASTER_PORT (mpirun -x, mpiexec -genv)")  # fmt: skip
+                               "MASTER_ADDR, the host of rank 0, and MASTER_PORT (mpirun -x, -genv)")  # fmt: skip
     ranks_here = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") if launcher == "mpirun" else _tasks_here(environment)
     if ranks_here is not None:
         environment["LOCAL_WORLD_SIZE"] = environment["LOCAL_SIZE"] = ranks_here  # the latter is DeepSpeed's
