@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from trainer.config import UserError
 from trainer.output.paths import hold
+from trainer.ranks.errors import cause
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Records:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = hold(self.folder)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror.lower()})") from error
+            raise UserError(f"{self.folder}: cannot be written ({cause(error)})") from error
         with lock:
             yield
 

@@ -27,7 +27,7 @@ from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
 from trainer.engine.shards import Run, Shards
 from trainer.ranks import shared
-from trainer.ranks.errors import explain
+from trainer.ranks.errors import cause
 from trainer.ranks.world import dist
 
 MANIFEST = "manifest.json"
@@ -107,7 +107,7 @@ class Checkpoints:
                     files = {name: entry for _, theirs, _ in written for name, entry in theirs.items()}
                     self._publish(aside, final, writer.state, files)
                 except OSError as error:
-                    outcome = [explain(error, aside)]
+                    outcome = [cause(error)]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] is not None:
             shutil.rmtree(aside, ignore_errors=True)  # on all ranks: each may have another folder of this name
@@ -195,7 +195,7 @@ class _Writer(threading.Thread):
             save_file(self.tensors, path)
             self.files = {path.name: _describe(path)}
         except (OSError, SafetensorError, MemoryError) as error:
-            self.error = explain(error, path) or f"{type(error).__name__}: {error}"
+            self.error = cause(error)
         self.tensors = {}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import models
 from trainer.config import Settings, UserError, as_dict, first_difference, read_yaml, run_recipe
 from trainer.output.paths import hold, is_begun, is_complete, stage_path, write_aside
+from trainer.ranks.errors import cause
 
 PATIENCE = 240.0  # seconds that a requeued job waits for what may be left of itself on a lost node
 
@@ -61,7 +62,7 @@ class StageFolder:
                 f"{self.path}: another process is running this stage; wait for it, or use another --run"
             ) from error
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror.lower()})") from error
+            raise UserError(f"{self.path}: cannot be written ({cause(error)})") from error
 
     def write_export(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write the export.
@@ -72,9 +73,7 @@ class StageFolder:
         try:
             models.save(self.export, state, config)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self.export}: cannot be written ({error}); make room, then run the same command again"
-            ) from error
+            raise UserError(f"{self.export}: cannot be written ({cause(error)})") from error
 
     def exported(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The lineage of the export, and the settings that it was made with."""

@@ -53,15 +53,12 @@ def explain(error: BaseException, folder: Path | None = None) -> str | None:
     Args:
         folder: where the program writes, for an error that names no file.
     """
-    number = number_of(error)
-    if isinstance(error, OSError) and number is None:
-        return " ".join(str(error).split())  # it has said all
-    if number is not None:
+    if number_of(error) is not None:
         where = getattr(error, "filename", None) or folder
-        remedy = _NUMBERS.get(number)
-        line = f"{where}: " if where is not None else ""
-        return f"{line}{os.strerror(number).lower()}{f'; {remedy}' if remedy else ''}"
+        return f"{where}: {cause(error)}" if where is not None else cause(error)
     said = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return said  # a line of its own, with no number
     if isinstance(error, MemoryError):
         return f"the machine is out of memory{f' ({said})' if said else ''}; {_HOST_MEMORY}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, RuntimeError):
@@ -74,6 +71,15 @@ def explain(error: BaseException, folder: Path | None = None) -> str | None:
                 detail = f" (it asked for {detail})" if detail else f" ({port[1]})" if port else ""
                 return f"{meaning}{detail}; {remedy}"
     return explain(error.__cause__, folder) if error.__cause__ is not None else None
+
+
+def cause(error: BaseException) -> str:
+    """ "no space left on device; make room, ...": why a file could not be read or written, and the remedy."""
+    number = number_of(error)
+    if number is None:
+        return explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    remedy = _NUMBERS.get(number)
+    return f"{os.strerror(number).lower()}; {remedy}" if remedy else os.strerror(number).lower()
 
 
 def number_of(error: BaseException) -> int | None:
