@@ -1,8 +1,9 @@
 """The batch script's last command, on the job's first node: `python -m jobs.after STATUS RUN`.
 
-The ranks have ended with STATUS. It notes the end, or puts the job back into the queue: after a stop by a signal, for
-which the trainer has saved on all ranks, and when a node was lost. A crash or a mistake is the job's end, and Slurm
-then cancels the jobs after it. What Slurm itself ends (`scancel`, a grace period over) it requeues itself, or not.
+The ranks have ended with STATUS. This notes the end, or puts the job back into the queue. It requeues a job that a
+signal stopped, since the trainer has saved on all ranks, and a job that lost a node. A crash or a mistake ends the job,
+and Slurm then cancels the jobs after it. What Slurm ends by itself (`scancel`, the end of a grace period), Slurm alone
+requeues or does not.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from jobs.records import Records
 from trainer.config import UserError
 
 STOPPED = 75  # trainer.ranks.signals.STOPPED, which would import torch
-# Where the signal came before anything heeded it, nothing was begun either.
+# The last two: a signal came before the trainer listened, so nothing was begun either.
 STOPS = {STOPPED, 128 + signal.SIGUSR2, 128 + signal.SIGTERM}
-RUNS = {"RUNNING", "SIGNALING"}  # the latter while it is handed a signal
+RUNS = {"RUNNING", "SIGNALING"}  # the latter while Slurm sends it a signal
 TIMED_OUT = "timed out"
-EARLY = 90  # seconds: Slurm may signal as much before the delay asked for
+EARLY = 90  # seconds by which Slurm may signal earlier than we asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.after", description="The last command of a batch script.")
     parser.add_argument("status", type=int, help="exit status of the ranks")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--max_timeouts", type=int, required=True, help="times that a timeout is requeued")
+    parser.add_argument("--max_timeouts", type=int, required=True, help="how often a timeout is requeued")
     parser.add_argument("--signal_delay", type=int, required=True, help="seconds before the limit")
     given = parser.parse_args(argv)
     here, records = submitit.JobEnvironment(), Records(given.run)
-    for wait in (0, 5, 15, 45, 120):  # a controller that is being restarted does not answer
+    for wait in (0, 5, 15, 45, 120):  # a controller that restarts does not answer
         time.sleep(wait)
         if job := slurm.show(here.raw_job_id):
             break
@@ -63,14 +64,14 @@ def decide(
     """Whether to requeue, and why, in a few words.
 
     Args:
-        status: of the ranks.
-        job: what Slurm says of it, see `slurm.show`.
-        timeouts: that it went through before.
+        status: exit status of the ranks.
+        job: what Slurm says about it, see `slurm.show`.
+        timeouts: how many it had before.
     """
     # The limit came before the ranks had saved on its warning, or srun ended before them.
     late = job.get("Reason") == "TimeLimit" and status in STOPS | {0}
     if not late and (status == 0 or job.get("JobState") not in RUNS):
-        return False, None  # done; or Slurm is ending it, and knows whether it is to run again
+        return False, None  # done; or Slurm is ending it, and decides itself whether it runs again
     if late or status in STOPS:
         if job.get("PreemptTime", "None") != "None":
             return True, "preempted"
@@ -87,7 +88,7 @@ def decide(
 
 
 def lost_nodes(nodes: dict[str, tuple[str, int]]) -> list[str]:
-    """Those whose daemon does not answer at (address, port), where others do, so that to ask means something."""
+    """The nodes whose daemon does not answer at (address, port). None when no daemon does: then the asking fails."""
     lost = [name for name, address in nodes.items() if not _answers(address)]
     return lost if len(lost) < len(nodes) else []
 

@@ -1,4 +1,4 @@
-"""A chain of jobs on Slurm: batch scripts, dependencies, arrays, each job once."""
+"""A chain of jobs on Slurm: batch scripts, dependencies and arrays. Each job is submitted once."""
 
 import io
 import os
@@ -19,18 +19,18 @@ from submitit.slurm.slurm import _make_sbatch_string
 from jobs import slurm
 from jobs.plan import Chain, Planned
 from jobs.records import Records, Submitted
-from jobs.settings import STAGES
+from jobs.settings import ORDER
 from trainer.output.paths import is_complete
 
 
 def submit(chain: Chain, records: Records) -> None:
-    """Submit what is neither complete nor in the queue, and print it. Of a sweep, each stage is an array.
+    """Submit what is neither complete nor in the queue, and print it. Each stage of a sweep is an array.
 
     Raises:
-        UserError: sbatch refuses, in its words; what was submitted before is taken back.
+        UserError: sbatch refuses, in its words; the jobs that were submitted before are cancelled.
     """
     token = _leave_token(records.folder)
-    waiting = {planned.run: _in_queue(records, planned, STAGES.index(planned.stage)) for planned in chain[0]}
+    waiting = {planned.run: _in_queue(records, planned, ORDER.index(planned.stage)) for planned in chain[0]}
     made: list[str] = []
     for runs in chain:
         missing = []
@@ -58,7 +58,7 @@ def submit(chain: Chain, records: Records) -> None:
 
 
 def _leave_token(folder: Path) -> Path:
-    """A file by which the jobs know that they see the folder they were submitted from."""
+    """A file that tells the jobs that they see the folder they were submitted from."""
     for path in folder.glob(".shared-*"):
         return path
     path = folder / f".shared-{secrets.token_hex(8)}"
@@ -67,19 +67,19 @@ def _leave_token(folder: Path) -> Path:
 
 
 def _live(records: Records, run: Path, stage: str) -> str | None:
-    """The job of a run's stage that may still run, or None."""
+    """The job of a run's stage, when it may still run; else None."""
     newest = records.newest().get((str(run), stage))
     alive = newest is not None and newest.executor == "slurm" and slurm.show(newest.job).get("JobState") in slurm.LIVE
     return newest.job if alive else None
 
 
 def _in_queue(records: Records, planned: Planned, before: int) -> str | None:
-    """The job of the latest stage before the planned one that may still run: submitted earlier, alone."""
-    return next((job for stage in reversed(STAGES[:before]) if (job := _live(records, planned.run, stage))), None)
+    """The latest stage's job before the planned one that may still run; an earlier command submitted it."""
+    return next((job for stage in reversed(ORDER[:before]) if (job := _live(records, planned.run, stage))), None)
 
 
 def _grouped(missing: list[Planned], waiting: dict[Path, str | None]) -> list[tuple[list[Planned], str | None]]:
-    """What goes as one array, with sbatch's dependency. Task i of an array can only wait for task i of another."""
+    """Runs that form one array, with sbatch's dependency. Task i of an array can only wait for task i of another."""
     after = [waiting[planned.run] for planned in missing]
     if len(missing) > 1 and not any(after):
         return [(missing, None)]
@@ -94,7 +94,7 @@ def _sbatch(runs: list[Planned], records: Records, token: Path, after: str | Non
     # submitit's own count of timeouts is never reached: jobs.after keeps ours.
     executor = submitit.SlurmExecutor(records.folder, max_num_timeout=10**6)
     executor.update_parameters(**parameters(runs, records, token, after))
-    with _outside_of_a_job(), redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says, we do
+    with _outside_of_a_job(), redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says; so do we
         if len(runs) == 1:
             return [executor.submit(runs[0].job(records)).job_id]
         with executor.batch():
@@ -104,7 +104,7 @@ def _sbatch(runs: list[Planned], records: Records, token: Path, after: str | Non
 
 @contextmanager
 def _outside_of_a_job() -> Iterator[None]:
-    """Within it the environment that sbatch hands on has nothing of a job that this may run in."""
+    """Within it the environment, which sbatch passes on, has no variables of a job that this process may run in."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
@@ -116,10 +116,10 @@ def _outside_of_a_job() -> Iterator[None]:
 
 
 def parameters(runs: list[Planned], records: Records, token: Path, after: str | None) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is given for a stage.
+    """The parameters of submitit's SlurmExecutor for a stage.
 
     Args:
-        token: a file in the run folder, by which a job knows that it sees the same folder.
+        token: a file in the run folder, which tells a job that it sees the same folder.
         after: sbatch's `dependency`.
     """
     request, folder = runs[0].request, records.folder.absolute()
@@ -132,7 +132,7 @@ def parameters(runs: list[Planned], records: Records, token: Path, after: str | 
     name = runs[0].name if len(runs) == 1 else f"{folder.parent.name}/{runs[0].path.name}"
     given = {
         "job_name": name, "time": request.minutes, "nodes": request.node_counts[-1],
-        # One a node is what Slurm starts by itself; where it is said, of --nodes 1-2 Slurm only ever takes one.
+        # Slurm starts one per node by default. Where it is given, Slurm only ever takes one of --nodes 1-2.
         "ntasks_per_node": request.ranks if request.ranks > 1 else None, "gpus_per_node": request.gpus_per_node or None,
         "cpus_per_task": request.cpus_per_gpu, "mem": request.mem, "partition": request.partition,
         "account": request.account, "qos": request.qos, "constraint": request.constraint, "exclude": request.exclude,
@@ -145,7 +145,7 @@ def parameters(runs: list[Planned], records: Records, token: Path, after: str | 
             "trap : TERM",  # so that jobs.after is reached when Slurm ends the job
             *request.setup,
         ],
-        # The trainer's watchdog ends the ranks together, and how they share the cores is the trainer's to choose.
+        # The trainer's watchdog ends the ranks together, and the trainer shares the cores among them.
         "srun_args": ["--kill-on-bad-exit=0", "--cpu-bind=none", *cores],
         "teardown": [
             f"{shlex.quote(sys.executable)} -m jobs.after $? {shlex.quote(str(folder.parent))} "
@@ -157,7 +157,7 @@ def parameters(runs: list[Planned], records: Records, token: Path, after: str | 
 
 
 def script(runs: list[Planned], records: Records, after: str | None) -> str:
-    """The batch script that submitit would hand to sbatch; needs no Slurm."""
+    """The batch script that submitit would give to sbatch; needs no Slurm."""
     folder = records.folder.absolute()
     given = parameters(runs, records, folder / ".shared-<token>", after)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"

@@ -1,4 +1,4 @@
-"""The executors local and debug: stages on this machine, one after another, waited for."""
+"""The executors local and debug: stages on this machine, one after another."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ from trainer.output.paths import is_complete
 
 
 def run(chain: Chain, records: Records) -> int:
-    """Run what is not complete, and print it; the exit status of the first stage that does not succeed, or 0.
+    """Run what is not complete, and print it. Returns the exit status of the first stage that fails, or 0.
 
     Ctrl-C stops the stage that runs, which saves.
     """
@@ -38,7 +38,7 @@ def _run(planned: Planned, records: Records) -> int:
             timeout_min=request.minutes, signal_delay_s=request.signal_delay, gpus_per_node=request.gpus_per_node,
             tasks_per_node=request.ranks, setup=request.setup, stderr_to_stdout=True,
         )  # fmt: skip
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # submitit's controller, too, leaves Ctrl-C to the ranks
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # submitit's controller leaves Ctrl-C to the ranks, too
         job = executor.submit(planned.job(records))
     try:
         records.add(Submitted(job.job_id, str(planned.run), planned.stage, request.executor, None, time.time()))
@@ -47,7 +47,7 @@ def _run(planned: Planned, records: Records) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
     ends = [event["status"] for event in records.journal(job.job_id) if event["event"] == "ended"]
-    status = ends[-1] if ends else 1  # a rank that died ends all without a word in the journal
+    status = ends[-1] if ends else 1  # a rank that died ends all, without an event in the journal
     said = "" if debug else last_error(records.log(job.job_id)) or ""
     print(f"{planned.name}: {'done' if status == 0 else f'ended with status {status}. {said}'}", flush=True)
     return status

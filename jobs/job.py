@@ -18,21 +18,21 @@ class StageJob:
         self.argv, self.gpus_per_node, self.records = argv, gpus_per_node, records
 
     def __call__(self) -> int:
-        """The trainer's exit status; with the executors slurm and local the process ends with it."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the imports take seconds; a stop is heeded afterwards
+        """The trainer's exit status. With the executors slurm and local the process ends with it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the imports take seconds; a stop takes effect afterwards
         here = submitit.JobEnvironment()
         if here.num_tasks > 1:
             torch_environment = submitit.helpers.TorchDistributedEnvironment()
             torch_environment.export(set_cuda_visible_devices=False, overwrite=True)
             if here.cluster == "local":
-                os.environ["MASTER_ADDR"] = "127.0.0.1"  # the machine's name need not lead to an address
-            os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # by which DeepSpeed knows of one node
+                os.environ["MASTER_ADDR"] = "127.0.0.1"  # the machine's name may have no address
+            os.environ["LOCAL_SIZE"] = str(torch_environment.local_world_size)  # tells DeepSpeed of one node
         if here.global_rank == 0:
             self.records.note(here.job_id, "started", nodes=list(here.hostnames), ranks=here.num_tasks)
         from trainer.main import main
         from trainer.ranks.world import end
 
-        status = self._check_gpus() or main(self.argv)
+        status = self._check_gpus(here) or main(self.argv)
         if here.cluster == "slurm":  # the batch script notes the end, and requeues
             end(status)
         if here.global_rank == 0:
@@ -42,18 +42,17 @@ class StageJob:
         return status
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """For submitit's own handler, which a signal reaches in the moments before this is called: start again."""
+        """Start again. submitit's own handler calls it, when a signal comes before the trainer listens."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _check_gpus(self) -> int:
+    def _check_gpus(self, here: submitit.JobEnvironment) -> int:
         import torch
 
         from trainer.ranks.watchdog import Watchdog
-        from trainer.ranks.world import this_process
 
-        me, found = this_process(), torch.cuda.device_count()
-        if me.local_rank < self.gpus_per_node and found < self.gpus_per_node:
-            with Watchdog(me.rank, me.size) as watchdog:  # which ends the ranks on other nodes too
+        found = torch.cuda.device_count()
+        if here.local_rank < self.gpus_per_node and found < self.gpus_per_node:
+            with Watchdog(here.global_rank, here.num_tasks) as watchdog:  # which ends the ranks on other nodes too
                 what = f"--gpus_per_node {self.gpus_per_node}: torch sees {found} on {watchdog.host}"
                 return watchdog.fail(UserError(f"{what}; ask for fewer, mend the driver there, or --exclude the node"))
         return 0

@@ -38,21 +38,21 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """For the screen and the queue."""
+        """Its name on the screen and in the queue."""
         return f"{self.run.name}/{self.path.name}"
 
 
-Chain = list[list[Planned]]  # the stages in order, of each all runs
+Chain = list[list[Planned]]  # the stages in order, and all runs of each
 
 
 def plan(requests: dict[str, Request], arguments: list[str]) -> tuple[Path, Chain]:
-    """The run folder, in a sweep that of its run folders, and the stages of all runs.
+    """The run folder (of a sweep: the folder of its run folders), and the stages of all runs.
 
     Raises:
         UserError: a setting does not exist or fit.
     """
     sweep = combinations(next(iter(requests.values())).sweep)
-    base = Path(parse_settings([*arguments, "--stage", next(iter(requests))]).run)
+    base = Path(parse_settings([*arguments, "--stage", next(iter(requests))]).run).absolute()
     chain = []
     for stage, request in requests.items():
         runs = []
@@ -75,7 +75,7 @@ def combinations(sweep: list[str]) -> dict[str, list[str]]:
     for axis in sweep:
         setting, _, values = axis.partition("=")
         try:
-            values = yaml.load(f"[{values}]", Loader=yaml.BaseLoader)  # as they are written; a value may be a list
+            values = yaml.load(f"[{values}]", Loader=yaml.BaseLoader)  # as text; a value may be a list
         except yaml.YAMLError:
             values = []
         if not setting or not values:
@@ -92,8 +92,8 @@ def combinations(sweep: list[str]) -> dict[str, list[str]]:
 
 
 def check(chain: Chain) -> None:
-    """What would fail on the nodes, found here. In a process of its own: what it imports sets the environment that
-    sbatch hands on, for this machine, which may have no GPU.
+    """Find here what would fail on the nodes. It runs in a process of its own: its imports change the environment for
+    this machine, which may have no GPU, and sbatch passes the environment on.
 
     Raises:
         UserError: one line on what does not fit.
@@ -113,7 +113,7 @@ def check(chain: Chain) -> None:
 
 
 def graph(chain: Chain) -> str:
-    """The dependency graph, a line a job."""
+    """The dependency graph, a line per job."""
     lines = []
     for before, runs in zip([None, *chain], chain, strict=False):
         for i, planned in enumerate(runs):

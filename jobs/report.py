@@ -1,4 +1,4 @@
-"""What `python -m jobs.status` shows of a stage: from its records, folder and log, and from Slurm where it is."""
+"""What `python -m jobs.status` shows about a stage: from its records, folder and log, and from Slurm."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ class Line:
 
 
 def lines(records: Records, jobs: list[Submitted]) -> list[Line]:
-    """A line a job, in their order."""
+    """A line per job, in their order."""
     states: dict[str, tuple[str, str]] = {}
     found = []
     for submitted in jobs:
@@ -56,7 +56,7 @@ def lines(records: Records, jobs: list[Submitted]) -> list[Line]:
 
 
 def restarts(journal: list[dict[str, Any]]) -> list[str]:
-    """Why a job was started again, each time. Of a lost node, say, it does not know itself when Slurm requeues it."""
+    """Why a job was started again, each time. It does not know the reason itself when Slurm requeues it."""
     starts = [i for i, event in enumerate(journal) if event["event"] == "started"]
     between = [journal[a:b] for a, b in itertools.pairwise(starts)]
     return [next((e["why"] for e in events if e["event"] == "requeued"), "by Slurm") for events in between]
@@ -78,7 +78,7 @@ def state_of(submitted: Submitted, records: Records, before: dict[str, tuple[str
     if is_complete(stage_path(submitted.run, submitted.stage)):
         return "COMPLETED", ""
     state = known.get("JobState")
-    if state is None:  # ended so long ago that Slurm has forgotten it
+    if state is None:  # it ended so long ago that Slurm has forgotten it
         state = "UNKNOWN" if ended is None else "FAILED" if ended["status"] else "COMPLETED"
     if state == "PENDING" and known.get("Reason", "None") != "None":
         why = known["Reason"]
@@ -105,7 +105,7 @@ def _lives(submitted: Submitted) -> bool:
 
 
 def progress(path: Path) -> tuple[int, int, float | None, float | None]:
-    """Of a stage's folder: step, steps (0: not known), seconds left and the training loss, as far as they are known."""
+    """Step, steps (0: not known), seconds left and training loss of a stage, as far as its folder tells them."""
     train: dict[str, Any] = {}
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text())["train"]
@@ -122,7 +122,7 @@ def progress(path: Path) -> tuple[int, int, float | None, float | None]:
 
 
 def last_error(log: Path) -> str | None:
-    """The last line of a log that tells of an error, of its last 64 KiB."""
+    """The last line of an error in the last 64 KiB of a log."""
     if not log.is_file():
         return None
     with log.open("rb") as file:

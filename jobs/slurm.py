@@ -21,9 +21,9 @@ def check_installed() -> None:
 
 
 def show(job: str) -> dict[str, str]:
-    """What Slurm knows of a job, by the names of `scontrol show job`; of one long ended from accounting; {} if nothing.
+    """What Slurm knows about a job, under the names of `scontrol show job`; {} if nothing.
 
-    Of `JobState`, `Reason`, `Restarts`, `RunTime`, `TimeLimit` and so on accounting has the first alone.
+    Accounting tells about a job that ended long ago. It has `JobState` alone, and no `Reason`, `RunTime` and so on.
     """
     done = _run(["scontrol", "-o", "show", "job", job])
     lines = done.stdout.splitlines() if done.returncode == 0 else []
@@ -37,7 +37,7 @@ def show(job: str) -> dict[str, str]:
 
 
 def nodes(names: str) -> dict[str, tuple[str, int]]:
-    """Address and port of the daemons of a node list such as `node[1-4]`."""
+    """Address and port of each node's daemon, for a node list such as `node[1-4]`."""
     config = re.search(r"(?m)^SlurmdPort\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout)
     found = {}
     for line in _run(["scontrol", "-o", "show", "nodes", names]).stdout.splitlines():
@@ -52,12 +52,12 @@ def cancel(jobs: list[str]) -> None:
 
 
 def requeue(job: str) -> None:
-    """Puts a running job back into the queue; this ends it. Raises UserError when Slurm refuses."""
+    """Put a running job back into the queue, which ends it. Raises UserError when Slurm refuses."""
     said(_run(["scontrol", "requeue", job]), "scontrol requeue")
 
 
 def seconds(clock: str) -> float:
-    """Of "1-02:03:04" or "02:03:04"; infinite for UNLIMITED and the like."""
+    """The seconds of "1-02:03:04" or "02:03:04"; infinite for UNLIMITED and the like."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", clock)
     if found is None:
         return float("inf")
@@ -66,7 +66,7 @@ def seconds(clock: str) -> float:
 
 
 def said(done: subprocess.CompletedProcess, command: str) -> None:
-    """Raises UserError with what a command said when it failed."""
+    """Raises UserError, with what the command said, when it failed."""
     if done.returncode:
         words = re.sub(rf"(?m)^{command.split()[0]}: (error: )?", "", done.stderr.strip())
         raise UserError(f"{command}: {'; '.join(words.splitlines()) or f'status {done.returncode}'}")

@@ -1,21 +1,17 @@
-"""`python -m jobs.status RUN`: a line a stage."""
+"""`python -m jobs.status RUN`: a line per stage."""
 
-import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
-from jobs.records import find
+from jobs.records import find, typed_run
 from jobs.report import Line, lines
 from trainer.config import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 when nothing was submitted for the run."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.status", description="Show a run's jobs, a line a stage.")
-    parser.add_argument("run", type=Path, help="run folder, or a sweep's")
     try:
-        print(table(lines(*find(parser.parse_args(argv).run))))
+        print(table(lines(*find(typed_run(argv, "status", "Show a run's jobs, a line per stage.")))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -23,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(found: list[Line]) -> str:
-    """The lines under their headings; columns that are empty throughout are left out."""
+    """The lines under their headings, without columns that are empty throughout."""
     names = [field.name for field in dataclasses.fields(Line)]
     rows = [names, *([getattr(line, name) for name in names] for line in found)]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]

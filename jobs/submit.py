@@ -1,9 +1,10 @@
 """One command for the chain: `python -m jobs.submit --config RECIPE --nodes 2 --gpus_per_node 8 [...]`.
 
-A job a stage, each after the one before. A stage that is complete is not run again, and one that is in the queue is not
-submitted twice, so the same command resumes whatever is missing.
+Each stage is a job, which waits for the one before. A stage that is complete is not run again, and a stage in the queue
+is not submitted twice. So the same command resumes whatever is missing.
 """
 
+import shlex
 import sys
 
 from jobs import batch, here, slurm
@@ -14,7 +15,7 @@ from trainer.config import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 after a user's mistake, in one line; that of a stage which ran here and did not succeed."""
+    """Exit status: 0; 2 after a user's mistake, in one line; the status of a stage that ran here and failed."""
     try:
         requests, arguments = parse(argv)
         request = next(iter(requests.values()))
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
-    print(f"run folder: {run}\nfollow: python -m jobs.status {run}\ncancel: python -m jobs.cancel {run}")
+    typed = shlex.quote(str(run))
+    print(f"run folder: {run}\nfollow: python -m jobs.status {typed}\ncancel: python -m jobs.cancel {typed}")
     print("resume: the same command again")
     return 0
 

@@ -5,7 +5,9 @@ A real Slurm is in tests/suites/cluster.py.
 
 import json
 import re
+import shlex
 import socket
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -22,7 +24,7 @@ from jobs.records import Records, Submitted
 from jobs.settings import Request, parse
 from jobs.submit import main
 from tests.conftest import run_trainer
-from trainer.config import UserError
+from trainer.config import UserError, explained
 from trainer.config import parse as parse_settings
 from trainer.output.folder import StageFolder
 from trainer.ranks import signals
@@ -118,14 +120,21 @@ def test_what_a_sweeps_next_stage_waits_for(before: tuple, dependencies: list) -
 
 MISTAKES = {
     "--cluster nosuch": "no such cluster; give a YAML file or one of debug, local, slurm",
-    "--cluster FILE": "FILE: gpus: no such option; it may hold account",
-    "--nodes 0": "--nodes 0: must be a number, or LEAST-MOST",
-    "--nodes 4-2": "the least is above the most",
-    "--time soon": "--time soon: must be minutes, or DAYS-HOURS:MINUTES:SECONDS",
-    "--gpus_per_node some": "gpus_per_node some: must be int",
-    "--gpus_per_node 8 --ranks_per_node 4": "on 8 GPUs a node must be as many",
-    "--slurm.dependency afterok:1": "--slurm.dependency: is set by jobs.submit",
-    "--stages 4": "stages",
+    "--cluster FILE": "FILE: gpus: no such setting; did you mean gpus_per_node?",
+    "--nodes 0": "nodes 0: must be a number, or LEAST-MOST",
+    "--nodes 4-2": "nodes 4-2: must be a number, or LEAST-MOST",
+    "--time soon": "time soon: must be minutes, or DAYS-HOURS:MINUTES:SECONDS",
+    "--gpus_per_node some": "gpus_per_node some: must be a whole number at least 0",
+    "--gpus_per_node 8 --ranks_per_node 4": "8 GPUs per node need as many ranks",
+    "--slurm.dependency afterok:1": "slurm.dependency: jobs.submit sets it",
+    "--cluster TWICE": "TWICE, line 2: nodes stands twice",
+    "--cluster slrum": "no such cluster; did you mean slurm?",
+    "--node 2": "--node: no such setting; did you mean nodes?",
+    "--gpus 2": "--gpus: no such setting; did you mean gpus_per_node?",
+    "--parttion gpu": "--parttion: no such setting; did you mean partition?",
+    "--ranks_per_node 0": "ranks_per_node 0: must be a whole number at least 1",
+    "--max_timeouts -1": "max_timeouts -1: must be a whole number at least 0",
+    "--stages 4": "must be a list (one of 1, 2, 3, probe each)",
     "--stage 4": "stage",
     "--cluster local --nodes 2": "local runs on this machine alone",
     "--sweep train.lr": "must be SETTING=VALUE,VALUE",
@@ -139,10 +148,14 @@ MISTAKES = {
 def test_mistakes_are_one_line(unchecked: None, tmp_path: Path, capsys: pytest.CaptureFixture, options: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("gpus: 8\n")
-    argv = options.replace("FILE", str(file)).split()
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("nodes: 1\nnodes: 2\n")
+    names = {"FILE": str(file), "TWICE": str(twice)}
+    argv = [names.get(word, word) for word in options.split()]
+    words = re.sub("FILE|TWICE", lambda found: names[found[0]], MISTAKES[options])
     assert main(["--run", str(tmp_path / "run"), *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and MISTAKES[options].replace("FILE", str(file)) in line
+    assert line.startswith("error: ") and words in line
     assert not (tmp_path / "run").exists()
 
 
@@ -305,3 +318,58 @@ def test_local_runs_ranks_as_jobs(small: Path, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == "run/stage1: is complete\n"
     assert status.main([str(run)]) == 0
     assert re.search(rf"run/stage1 +{job.job} +COMPLETED +2/2 ", capsys.readouterr().out)
+
+
+def test_a_run_folder_with_spaces_under_home(
+    unchecked: None, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my cluster.yaml").write_text("partition: gpu\n")
+    argv = ["--stages", "1", "--cluster", "~/my cluster.yaml", "--dry_run", "--setup", "cd 'my code'"]
+    assert main(["--run", "~/my runs/it's one", *argv]) == 0
+    script = capsys.readouterr().out.split("# stage1\n")[1]
+    assert "#SBATCH --partition=gpu" in script.splitlines() and "~" not in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    lines = script.splitlines()
+    (after,) = [line for line in lines if "jobs.after" in line]
+    (output,) = [line for line in lines if line.startswith("#SBATCH --output=")]
+    run = tmp_path / "my runs/it's one"
+    assert str(run) in shlex.split(after)
+    assert shlex.split(output.removeprefix("#SBATCH ")) == [f"--output={run}/jobs/%j_0_log.out"]
+    records = Records(run)
+    with records.held():
+        records.add(Submitted("7", str(run), "1", "local", None, time.time()))
+    monkeypatch.chdir(tmp_path)
+    for typed in ("~/my runs/it's one", "my runs/it's one", str(run)):
+        assert status.main([typed]) == 0
+        assert capsys.readouterr().out.splitlines()[1].startswith("it's one/stage1  7")
+        assert cancel.main([typed]) == 0
+        assert "no job to cancel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", (status, cancel))
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "the following arguments are required: RUN; usage: python -m jobs."),
+        ("--run mine", "unrecognized arguments: --run"),
+        ("minne", "no job was submitted for it; did you mean "),
+    ],
+)
+def test_mistakes_of_status_and_cancel_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, command, argv: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    records = Records(tmp_path / "mine")
+    with records.held():
+        records.add(Submitted("7", str(tmp_path / "mine"), "1", "slurm", None, time.time()))
+    assert command.main(argv.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
+    assert all(text.endswith(".") for _, text in explained(Request)), dict(explained(Request))
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "GPUs per node, with one rank each" in " ".join(capsys.readouterr().out.split())

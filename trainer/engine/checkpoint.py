@@ -1,6 +1,6 @@
 """Sharded checkpoints: written aside, listed in a manifest with sizes and hashes, published by one rename.
 
-A folder `checkpoints/step-00001000` holds a safetensors file a rank and `manifest.json`; without a manifest that fits
+A folder `checkpoints/step-00001000` holds a safetensors file per rank and `manifest.json`; without a manifest that fits
 it is not a checkpoint. Each file says which elements of which parameter it holds, so a run resumes at any world size
 and ZeRO stage, and nothing is unpickled. Frozen weights are in none: they come from the teacher or the parent.
 """
@@ -11,8 +11,10 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from torch import Tensor
 from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
 from trainer.engine.shards import Run, Shards
+from trainer.ranks import shared
+from trainer.ranks.errors import cause
 from trainer.ranks.world import dist
 
 MANIFEST = "manifest.json"
@@ -92,22 +96,24 @@ class Checkpoints:
         writer.join()
         aside, final = writer.folder, self.path(writer.state["step"])
         written: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(written, (writer.files, writer.error))
-        assert all(files or error for files, error in written), "a writer died, its traceback is above"
-        outcome = [next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(written) if error), None)]
+        dist.all_gather_object(written, (socket.gethostname(), writer.files, writer.error))
+        assert all(files or error for _, files, error in written), "a writer died, its traceback is above"
+        outcome: list[Any] = [None]
         if dist.get_rank() == 0:
+            outcome = [next((f"rank {rank}: {error}" for rank, (*_, error) in enumerate(written) if error), None)]
+            outcome = [outcome[0] or _not_shared(aside, written)]
             if outcome[0] is None:
                 try:
-                    self._publish(aside, final, writer.state, {k: v for files, _ in written for k, v in files.items()})
+                    files = {name: entry for _, theirs, _ in written for name, entry in theirs.items()}
+                    self._publish(aside, final, writer.state, files)
                 except OSError as error:
-                    outcome = [_reason(error)]
-            if outcome[0] is not None:
-                shutil.rmtree(aside, ignore_errors=True)
+                    outcome = [cause(error)]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] is not None:
+            shutil.rmtree(aside, ignore_errors=True)  # on all ranks: each may have another folder of this name
             last = self.steps()
-            again = f"the same command resumes from step {last[-1]}" if last else "the same command starts again"
-            raise UserError(f"{final}: the checkpoint cannot be written ({outcome[0]}); make room, then {again}")
+            again = f"it resumes from step {last[-1]}" if last else "it starts again, as no checkpoint is there yet"
+            raise UserError(f"{final}: the checkpoint cannot be written ({outcome[0]}); {again}")
 
     def _publish(self, aside: Path, final: Path, state: Manifest, files: dict[str, Any]) -> None:
         manifest = state | {"files": files}
@@ -188,8 +194,8 @@ class _Writer(threading.Thread):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(self.tensors, path)
             self.files = {path.name: _describe(path)}
-        except (OSError, SafetensorError) as error:
-            self.error = _reason(error)
+        except (OSError, SafetensorError, MemoryError) as error:
+            self.error = cause(error)
         self.tensors = {}
 
 
@@ -253,6 +259,15 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest}
 
 
+def _not_shared(folder: Path, written: list[tuple[str, dict[str, Any], str | None]]) -> str | None:
+    """Which ranks wrote to another folder of this name, where their nodes share no file system; or None."""
+    until, apart = time.monotonic() + shared.VISIBLE, []
+    for rank, (host, files, _) in enumerate(written):
+        if not all(shared.is_seen(folder / name, entry["size"], until) for name, entry in files.items()):
+            apart.append((rank, host))
+    return f"the folder {shared.not_shared(written[0][0], apart)}" if apart else None
+
+
 def _write_synced(path: Path, content: str) -> None:
     with path.open("w") as file:
         file.write(content)
@@ -266,9 +281,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    number = re.search(r"os error (\d+)", str(error))  # safetensors' words
-    reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None)
-    return reason.lower() if reason else f"{type(error).__name__}: {error}"

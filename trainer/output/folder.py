@@ -1,11 +1,9 @@
 """A stage's folder in a run: one process group at a time, one set of settings for life."""
 
-import fcntl
 import json
 import os
-import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
@@ -13,7 +11,8 @@ from torch import Tensor
 
 import models
 from trainer.config import Settings, UserError, as_dict, first_difference, read_yaml, run_recipe
-from trainer.output.paths import is_begun, is_complete, stage_path, write_aside
+from trainer.output.paths import hold, is_begun, is_complete, stage_path, write_aside
+from trainer.ranks.errors import cause
 
 PATIENCE = 240.0  # seconds that a requeued job waits for what may be left of itself on a lost node
 
@@ -54,8 +53,7 @@ class StageFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-            _lock(self._lock, PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
+            self._lock = hold(self.path, PATIENCE if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
             write_aside(self.path / "config.yaml", yaml.safe_dump(as_dict(settings), sort_keys=False))
             if not (self.run / "recipe.yaml").exists():
                 write_aside(self.run / "recipe.yaml", run_recipe(settings))
@@ -64,7 +62,7 @@ class StageFolder:
                 f"{self.path}: another process is running this stage; wait for it, or use another --run"
             ) from error
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror.lower()})") from error
+            raise UserError(f"{self.path}: cannot be written ({cause(error)})") from error
 
     def write_export(self, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write the export.
@@ -75,9 +73,7 @@ class StageFolder:
         try:
             models.save(self.export, state, config)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self.export}: cannot be written ({error}); make room, then run the same command again"
-            ) from error
+            raise UserError(f"{self.export}: cannot be written ({cause(error)})") from error
 
     def exported(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The lineage of the export, and the settings that it was made with."""
@@ -87,15 +83,3 @@ class StageFolder:
     def complete(self) -> bool:
         """Whether the stage has written its export, or the probe its results."""
         return is_complete(self.path)
-
-
-def _lock(file: IO[str], patience: float) -> None:
-    """Takes it until the process ends. Raises BlockingIOError when another process still has it after `patience` s."""
-    until = time.monotonic() + patience
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise
-        time.sleep(1)

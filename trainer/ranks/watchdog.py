@@ -6,6 +6,7 @@ is not taken for dead, and it does not matter whether collectives fail (gloo's d
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from torch.distributed import TCPStore
+
+from trainer.ranks.errors import PORT
 
 DIED = 1  # exit status of the ranks that outlive another
 MISTAKE = 2  # exit status after a user's mistake
@@ -81,6 +84,7 @@ class Watchdog:
         """The thread of every rank: ends the process when rank 0 says so, or is gone."""
         try:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            key = f"watchdog-{_command()}"
             serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
             if not serves:
                 _await(address, self.start)  # torch's store would wait too, but not in silence
@@ -95,16 +99,17 @@ class Watchdog:
                 listener = socket.create_server(("", 0), family=family, backlog=self.size)
                 token = secrets.token_hex(8)
                 threading.Thread(target=self._serve, args=(listener, token), name="watchdog-0", daemon=True).start()
-                self._store.set("watchdog", f"{listener.getsockname()[1]} {token}")
-            port, token = self._store.get("watchdog").decode().split()
+                self._store.set(key, f"{listener.getsockname()[1]} {token}")
+            port, token = self._store.get(key).decode().split()
             self._line = socket.create_connection((address[0], int(port)), timeout=self.start)
         except (KeyError, ValueError, OSError, RuntimeError) as error:  # torch's store raises RuntimeErrors
             where = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
             listens = self.rank == 0 and "listen" in str(error)
             what = "cannot listen" if listens else "finds no rank 0"
-            how = "choose another port, deepspeed --master_port" if listens else "see what rank 0 said"
+            how = PORT if listens else "see what rank 0 said"
             reason = (str(error).splitlines() or [""])[0]
-            _end(f"error: rank {self.rank} ({self.host}) {what} at {where} ({reason}); {how}", DIED)
+            line = f"error: rank {self.rank} ({self.host}) {what} at {where} ({reason}); {how}"
+            _end(line, MISTAKE if listens else DIED)
         _keep_alive(self._line)
         os.register_at_fork(after_in_child=self._line.close)  # else a child would hold the connection open
         self._line.sendall(_encode({"hello": self.rank, "host": self.host, "token": token}))
@@ -221,6 +226,12 @@ def _await(address: tuple[str, int], seconds: float) -> None:
             if time.monotonic() > until:
                 raise OSError(f"after {seconds:.0f} s: {error.strerror or error}") from error
         time.sleep(0.2)
+
+
+def _command() -> str:
+    """A digest of what was typed, the same on all ranks: another run's rank 0 at this address is not taken for ours."""
+    typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    return hashlib.sha256(json.dumps(typed).encode()).hexdigest()[:16]
 
 
 def _encode(message: dict[str, Any]) -> bytes:

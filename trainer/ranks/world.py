@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from trainer.ranks.errors import MachineError, explain
+from trainer.ranks.launch import ON_CPU, check_port, read_ranks
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed builds its operators with ninja from the environment that runs, which need not be activated.
@@ -25,6 +28,9 @@ from deepspeed import comm as dist
 deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
+DEVICES = Path("/dev")
+DRIVERS = {"11": 450, "12": 525, "13": 580}  # CUDA's major version -> the oldest NVIDIA driver that runs it
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,15 +43,54 @@ class World:
 
 
 def this_process() -> World:
-    """Rank, world size and device as the launcher set them in the environment; alone without a launcher."""
-    rank, local_rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Rank, number of ranks and device, as the launcher set them; rank 0 of 1 without a launcher.
+
+    Raises:
+        MachineError: the launcher's variables do not fit, the node has fewer GPUs than ranks, or the port is taken.
+    """
+    rank, local_rank, size = read_ranks()
+    check_port(rank)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and not ON_CPU:
+        found = torch.cuda.device_count()
+        bound = found == 1 and "SLURM_PROCID" in os.environ  # srun --gpus-per-task shows a rank its own GPU alone
+        if local_rank >= found and not bound:
+            what = f"rank {rank} is rank {local_rank} on {socket.gethostname()}, where torch sees {found} GPUs"
+            raise MachineError(f"{what}; start at most one rank per GPU")
+        device = torch.device("cuda", 0 if bound else local_rank)
     return World(rank, local_rank, size, device)
 
 
+def check_driver() -> None:
+    """Raises MachineError when the machine has GPUs that torch cannot use: it would train on the CPU unasked."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").lower() in ("", "-1", "none", "nodevfiles")
+    if torch.cuda.is_available() or ON_CPU or hidden:
+        return
+    gpus = [path for path in DEVICES.glob("nvidia[0-9]*") if os.access(path, os.R_OK | os.W_OK)]
+    if not gpus:
+        return  # none, or Slurm gave this job none
+    try:
+        torch.cuda.init()
+        reason = "it finds none of them"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(". ")[0].rstrip(".")
+    cuda = torch.version.cuda
+    needs = f"torch {torch.__version__} is built " + (f"for CUDA {cuda}" if cuda else "without CUDA")
+    if driver := DRIVERS.get((cuda or "").partition(".")[0]):
+        needs += f" and needs driver {driver} or newer"
+    raise MachineError(
+        f"{socket.gethostname()} has {len(gpus)} NVIDIA GPU{'s' if gpus[1:] else ''} that torch cannot use: {reason}; "
+        f"{needs}; to train on the CPU set DS_ACCELERATOR=cpu"
+    )
+
+
 def join(me: World) -> None:
-    """Enter the process group: NCCL on GPUs, gloo on CPUs. On CPUs each rank takes its share of the cores."""
-    if "RANK" not in os.environ:  # plain python: a group of one, on a port of its own
+    """Enter the process group: NCCL on GPUs, gloo on CPUs. On CPUs each rank takes its share of the cores.
+
+    Raises:
+        MachineError: another process has the port.
+    """
+    if me.size == 1 and "MASTER_ADDR" not in os.environ:  # plain python: a group of one, on a port of its own
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
@@ -58,13 +103,19 @@ def join(me: World) -> None:
         }
     if me.device.type == "cuda":
         torch.cuda.set_device(me.device)
+        os.environ["LOCAL_RANK"] = str(me.device.index)  # DeepSpeed's device
         torch.backends.cuda.matmul.allow_tf32 = True
     elif "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", me.size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed()
-    # Its collective on CPUs leaves a buffer of 66 MiB a rank in /dev/shm for ever. Once all ranks have mapped them
-    # their names can go: the memory then lives as long as the processes, however they end.
+    try:
+        deepspeed.init_distributed()
+    except RuntimeError as error:
+        if (line := explain(error)) is None:
+            raise
+        raise MachineError(line) from error
+    # Its collective on CPUs leaves a buffer of 66 MiB per rank in /dev/shm for ever. Once all ranks have mapped the
+    # buffers, their names can go: the memory then lives as long as the processes, however they end.
     dist.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     buffer = Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
