@@ -9,7 +9,7 @@ from data.beton import DamagedError, Info, inspect
 from data.decode import IGNORE
 from data.loader import Loader, eval_loader, original_loader, train_loader
 from data.order import choose_order, epoch_order, windowed_order
-from data.paths import resolve
+from data.resolve import resolve
 
 __all__ = [
     "IGNORE",

@@ -26,8 +26,8 @@ from ffcv.transforms import ToTensor
 from data.augment import Pair, sample_keys
 from data.beton import WRITE_AGAIN, DamagedError, open_checked
 from data.order import MAX_AHEAD, RUN_BYTES, WINDOW, Order
-from data.paths import resolve
 from data.read_ahead import RunReader
+from data.resolve import resolve
 from data.shares import BySize, InOrder, Shuffled
 from data.views import CentreView, ImageSize, MaskedView, RandomView, StoredView, View
 

@@ -7,7 +7,8 @@ import pytest
 from data import choose_order, eval_loader, inspect
 from data.class_table import read_table
 from data.layouts import open_source
-from data.paths import did_you_mean, existing_folder, expand, resolve
+from data.paths import did_you_mean, existing_folder, expand
+from data.resolve import resolve
 from data.segmentation import open_pairs
 from data.sources import ImageFolder
 from data.write import main, write
