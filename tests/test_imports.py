@@ -36,12 +36,15 @@ FLOORS = [
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of the modules that a file imports: of `from a import b` both `a` and `a.b`."""
+    """Dotted names of the modules that a file imports: of `from a import b` `a.b`, where that is a module, else `a`."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            for alias in node.names:
+                inner = ROOT.joinpath(*node.module.split("."), alias.name)
+                is_module = inner.with_suffix(".py").is_file() or inner.is_dir()
+                names.add(f"{node.module}.{alias.name}" if is_module else node.module)
     return names
 
 

@@ -1,6 +1,7 @@
 """The trainer's main: from what was typed to a stage's export. `run.py` and a cluster's jobs both enter here."""
 
 import math
+import sys
 
 from data import DamagedError
 from models import match_dtypes
@@ -12,9 +13,11 @@ from trainer.loop import Training, train
 from trainer.output.folder import StageFolder
 from trainer.output.tracking import Tracker
 from trainer.probe.quick import QuickProbe
+from trainer.ranks.errors import MachineError, explain
+from trainer.ranks.shared import check_shared
 from trainer.ranks.signals import StopFlag
-from trainer.ranks.watchdog import Watchdog
-from trainer.ranks.world import World, join, leave, this_process
+from trainer.ranks.watchdog import MISTAKE, Watchdog
+from trainer.ranks.world import World, check_driver, join, leave, this_process
 from trainer.setup.build import Job, build, check_unchanged
 from trainer.setup.dry_run import describe
 from trainer.setup.inputs import loaders, reading_order
@@ -22,9 +25,14 @@ from trainer.setup.inputs import loaders, reading_order
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a rank died, 2 a user's mistake (one line on stderr), 75 stopped by a signal and saved."""
-    me = this_process()
+    try:
+        me = this_process()
+    except MachineError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
     with StopFlag() as should_stop, Watchdog(me.rank, me.size) as watchdog:
         try:
+            check_driver()
             settings = parse(argv)
             stage = stage_of(settings)
             if not isinstance(stage, type):  # a module with a run of its own
@@ -45,13 +53,18 @@ def main(argv: list[str] | None = None) -> int:
             return watchdog.fail(error)
         try:
             return run(settings, config, folder, job, me, should_stop)
-        except (UserError, DamagedError, OSError) as error:
+        except (UserError, DamagedError) as error:
             return watchdog.fail(error)
+        except Exception as error:
+            if (line := explain(error, folder.path)) is None:
+                raise
+            return watchdog.fail(UserError(line))
 
 
 def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: World, should_stop: StopFlag) -> int:
     """Train, evaluate and export one stage."""
     join(me)
+    check_shared(folder.path)
     checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
     found = checkpoints.newest()
     if found:

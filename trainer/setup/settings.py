@@ -32,6 +32,8 @@ class Teacher:
 class Student:
     """What the teacher is turned into."""
 
+    free: ClassVar = frozenset({"parent"})  # compared by what it holds
+
     attention: Literal["linear", "softmax"] = "linear"
     """The kind of attention; softmax is the baseline of stage 3."""
     operator: str = "elu1"

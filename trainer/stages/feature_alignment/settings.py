@@ -16,6 +16,7 @@ class Stage2:
     def resolve(self, settings: Any) -> None:
         """Raises ValueError when the settings do not fit together."""
         check_alignment(settings)
+        settings.probe.resolve(settings)  # quick probes are part of its evaluations
 
 
 SETTINGS = {"stage2": Stage2}

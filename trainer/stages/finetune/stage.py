@@ -11,6 +11,7 @@ import data
 from models import ViT
 from trainer.config import Settings, UserError
 from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage
+from trainer.stages.classes import check_same_classes
 from trainer.stages.keyed import DropPath, Mixup, draw_paths
 
 
@@ -48,6 +49,8 @@ class Finetune(Supervised):
         for split, info in infos.items():
             if not info.has_labels:
                 raise UserError(f"data.{split} {info.path}: has no labels, which stage 3 learns from")
+        if "val" in infos:
+            check_same_classes(infos["train"], infos["val"], "data.val")
         if settings.stage3.mixup + settings.stage3.cutmix > 0 and micro_batch_size % 2:
             raise UserError(
                 f"stage3.mixup, cutmix: mix pairs, but a micro-batch has {micro_batch_size} images; make it even"

@@ -17,6 +17,7 @@ from trainer.engine.optim import scaled
 from trainer.output.folder import StageFolder
 from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Infos, trainable_parameters
+from trainer.stages.classes import check_same_classes
 from trainer.stages.finetune.stage import Supervised, set_drop_path
 from trainer.stages.keyed import draw_paths
 from trainer.stages.segmentation.masks import Shown, draw_masks
@@ -48,11 +49,7 @@ class Segmentation(Supervised):
                 )
                 how = "write it with python -m data.write --task segmentation"
                 raise UserError(f"data.{split} {info.path}: {what}; {how}")
-            if info.mask_classes != train.mask_classes:
-                raise UserError(
-                    f"data.{split} {info.path}: its masks have other classes than those of data.train {train.path}; "
-                    "write both with one class table"
-                )
+            check_same_classes(train, info, f"data.{split}")
         if settings.stage3.num_classes not in (None, len(train.mask_classes)):
             raise UserError(
                 f"stage3.num_classes {settings.stage3.num_classes}: data.train has {len(train.mask_classes)} classes; "
