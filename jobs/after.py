@@ -84,7 +84,7 @@ def decide(
     lost = lost_nodes(slurm.nodes(job.get("NodeList", "")))
     if lost:
         return True, f"lost {', '.join(lost)}"
-    return False, None  # the ranks have said why
+    return False, None  # the log says why
 
 
 def lost_nodes(nodes: dict[str, tuple[str, int]]) -> list[str]:

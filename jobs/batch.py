@@ -48,7 +48,7 @@ def submit(chain: Chain, records: Records) -> None:
             except FailedJobError as error:
                 if made:
                     slurm.cancel(made)
-                slurm.said(subprocess.CompletedProcess([], 1, "", str(error)), "sbatch")
+                slurm.raise_if_failed(subprocess.CompletedProcess([], 1, "", str(error)), "sbatch")
             made += jobs
             for planned, job in zip(part, jobs, strict=True):
                 before = waiting.get(planned.run)

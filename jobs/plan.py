@@ -53,6 +53,8 @@ def plan(requests: dict[str, Request], arguments: list[str]) -> tuple[Path, Chai
     """
     sweep = combinations(next(iter(requests.values())).sweep)
     base = Path(parse_settings([*arguments, "--stage", next(iter(requests))]).run).absolute()
+    if "%" in str(base) and any(request.executor == "slurm" for request in requests.values()):
+        raise UserError(f"--run {base}: Slurm replaces % in the path of a log; give a folder without it")
     chain = []
     for stage, request in requests.items():
         runs = []

@@ -48,12 +48,12 @@ def nodes(names: str) -> dict[str, tuple[str, int]]:
 
 def cancel(jobs: list[str]) -> None:
     """Raises UserError, in Slurm's words, when it refuses."""
-    said(_run(["scancel", *jobs]), "scancel")
+    raise_if_failed(_run(["scancel", *jobs]), "scancel")
 
 
 def requeue(job: str) -> None:
     """Put a running job back into the queue, which ends it. Raises UserError when Slurm refuses."""
-    said(_run(["scontrol", "requeue", job]), "scontrol requeue")
+    raise_if_failed(_run(["scontrol", "requeue", job]), "scontrol requeue")
 
 
 def seconds(clock: str) -> float:
@@ -65,7 +65,7 @@ def seconds(clock: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def said(done: subprocess.CompletedProcess, command: str) -> None:
+def raise_if_failed(done: subprocess.CompletedProcess, command: str) -> None:
     """Raises UserError, with what the command said, when it failed."""
     if done.returncode:
         words = re.sub(rf"(?m)^{command.split()[0]}: (error: )?", "", done.stderr.strip())

@@ -141,6 +141,7 @@ MISTAKES = {
     "--sweep train.lrr=1,2": "--train.lrr: no such setting; did you mean train.lr?",
     "--train.steps few": "train.steps few: must be",
     "--config nosuch": "no such recipe",
+    "--run 50%j": "Slurm replaces % in the path of a log",
 }
 
 

@@ -1,4 +1,4 @@
-"""The chain of jobs on a real Slurm: `make cluster-test`. Two nodes on this machine, a rank each, the embedded default.
+"""Jobs on a real Slurm: `make cluster-test`. Two nodes on this machine, a rank per node, the embedded default.
 
 At the end it prints a table of what was done to the jobs and whether anything was lost.
 """
@@ -70,7 +70,7 @@ class Run:
         self.slurm, self.path, self.records = slurm, path, Records(path)
 
     def submit(self, recipe: Path, *options: str, program: tuple[str, ...] = ("-m", "jobs.submit")) -> str:
-        """What the command prints; one rank a node, on a core."""
+        """What the command prints; one rank per node, on one core."""
         common = ("--config", str(recipe), "--run", str(self.path), "--cluster", "slurm", "--cpus_per_gpu", "1")
         done = python(*program, *common, "--time", "30", "--signal_delay", "60", *options)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -287,3 +287,18 @@ def test_what_a_node_lacks_is_named(cluster: Slurm, recipe: Path, tmp_path: Path
     line = json.loads((unshared.records.folder / "submitted.jsonl").read_text())
     (unshared.records.folder / "submitted.jsonl").write_text(json.dumps(line | {"time": 0.0}) + "\n")  # long ago
     assert "left no trace" in unshared.status()
+
+
+def test_plain_srun_starts_ranks_and_they_look_for_one_folder(cluster: Slurm, recipe: Path, tmp_path: Path) -> None:
+    def srun(run: Path) -> subprocess.CompletedProcess:
+        options = ["--config", str(recipe), "--stage", "1", "--run", str(run), "--train.steps", "2"]
+        command = ["srun", "--nodes=2", "--ntasks=2", sys.executable, "trainer/run.py", *options]
+        env = ENVIRONMENT | {"SLURM_CONF": os.environ["SLURM_CONF"]}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+
+    done = srun(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in curve(tmp_path / "run/stage1")] == [1, 2]  # once, by one run of two ranks
+    apart = srun(cluster.unshared / "srun")
+    assert apart.returncode == 2 and "is another folder on rank 0 (" in apart.stderr, apart.stderr
+    assert not list((cluster.unshared / "srun/stage1").glob("checkpoints/step-*"))

@@ -1,8 +1,8 @@
-"""Sharded checkpoints: written aside, listed in a manifest with sizes and hashes, published by one rename.
+"""Sharded checkpoints: written aside, with sizes and hashes in a manifest, and published by one rename.
 
 A folder `checkpoints/step-00001000` holds a safetensors file per rank and `manifest.json`; without a manifest that fits
-it is not a checkpoint. Each file says which elements of which parameter it holds, so a run resumes at any world size
-and ZeRO stage, and nothing is unpickled. Frozen weights are in none: they come from the teacher or the parent.
+it is no checkpoint. Each file names the elements of the parameters that it holds, so a run resumes at any world size
+and ZeRO stage. Nothing is unpickled. Frozen weights are in no file: they come from the teacher or the parent.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ from trainer.ranks.errors import cause
 from trainer.ranks.world import dist
 
 MANIFEST = "manifest.json"
-ASIDE = ".writing-"  # before its name, while a checkpoint is being written
+ASIDE = ".writing-"  # prefix of a checkpoint that is being written
 BUFFER = "buffer"  # state of the model that no optimizer owns, such as a batch norm's running mean
 Manifest = dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one stage of a run, in a folder that the ranks share; they call each method together.
+    """The checkpoints of one stage of a run, in a folder that the ranks share. All ranks call each method together.
 
-    A save has two halves: `begin` copies the state and leaves the writing to a thread, `publish` waits for the files of
+    A save has two halves. `begin` copies the state and starts a thread that writes it. `publish` waits for the files of
     all ranks and makes them a checkpoint.
     """
 
@@ -71,7 +71,7 @@ class Checkpoints:
         """Copy what is to be saved, and start to write it. A save that is still pending is published first.
 
         Args:
-            state: plain JSON for the manifest: at least `step`; `score`, higher is better, where it was judged.
+            state: plain JSON for the manifest: at least `step`; `score`, higher is better, if it was evaluated.
         """
         self.publish()
         shards = Shards(engine)
@@ -85,10 +85,11 @@ class Checkpoints:
         self._writer.start()
 
     def publish(self) -> None:
-        """Make what was begun the newest checkpoint, once all ranks have written, and remove old ones.
+        """Wait until all ranks have written, make their files the newest checkpoint, and remove old ones.
 
         Raises:
-            UserError, on all ranks: it cannot be written (no space left, say). Earlier checkpoints are as they were.
+            UserError, on all ranks: it cannot be written (no space left, say), or the ranks write to different folders.
+                Earlier checkpoints stay as they were.
         """
         if self._writer is None:
             return
@@ -143,7 +144,7 @@ class Checkpoints:
         return max(scores, key=scores.get) if scores else None
 
     def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest complete checkpoint and its manifest; damaged ones are named on stderr and passed over.
+        """The newest complete checkpoint and its manifest. Damaged ones are named on stderr and skipped.
 
         The ranks share the work of comparing files with their hashes.
         """
@@ -200,7 +201,7 @@ class _Writer(threading.Thread):
 
 
 class _Files:
-    """Reads runs of elements out of a checkpoint's files, however they were cut."""
+    """Reads ranges of elements from a checkpoint's files, however they were divided."""
 
     def __init__(self, folder: Path, names: Any) -> None:
         self.files = {name: safe_open(folder / name, framework="pt") for name in names}
@@ -226,7 +227,7 @@ class _Files:
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with a checkpoint folder, or None. Of its files, those that fall to `rank` are read."""
+    """What is wrong with a checkpoint folder, or None. Each rank reads its share of the files."""
     manifest = _read_manifest(path)
     if manifest is None:
         return f"has no readable {MANIFEST}"
@@ -247,12 +248,12 @@ def _read_manifest(path: Path) -> Manifest | None:
 
 
 def digest(manifest: Manifest) -> str:
-    """The hash that a manifest carries of the rest of itself."""
+    """The hash of a manifest, which the manifest itself contains."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Size and hash of a file as it can be read back, once it is on the disk."""
+    """Size and hash of a file, read back after it is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A stage's folder in a run: one process group at a time, one set of settings for life."""
+"""A stage's folder in a run: one process group at a time, and the same settings throughout."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from trainer.config import Settings, UserError, as_dict, first_difference, read_
 from trainer.output.paths import hold, is_begun, is_complete, stage_path, write_aside
 from trainer.ranks.errors import cause
 
-PATIENCE = 240.0  # seconds that a requeued job waits for what may be left of itself on a lost node
+PATIENCE = 240.0  # seconds that a requeued job waits for its former self on a lost node
 
 
 class StageFolder:
     """`RUN/stage2`: config.yaml, metrics.jsonl, checkpoints/ and, when the stage is done, export/."""
 
     def __init__(self, settings: Settings) -> None:
-        """Names the folder; touches nothing."""
+        """Reads and writes nothing."""
         self.run = Path(settings.run)
         self.path = stage_path(settings.run, settings.stage)
         self.checkpoints = self.path / "checkpoints"
@@ -32,7 +32,7 @@ class StageFolder:
         """Raises UserError, naming the field, when the folder belongs to a run with other settings."""
         kept = self.path / "config.yaml"
         if not kept.is_file() or not (self.complete or is_begun(self.path)):
-            return  # nothing is there that other settings would spoil
+            return  # other settings would spoil nothing
         try:
             before = read_yaml(kept)
         except UserError as error:

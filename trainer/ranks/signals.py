@@ -1,4 +1,4 @@
-"""Stopping on a signal: it sets a flag on the rank that it reaches, and all ranks stop together."""
+"""Stop on a signal: it sets a flag on the rank that receives it, and all ranks stop together."""
 
 import contextlib
 import signal
@@ -14,8 +14,8 @@ import torch
 
 from trainer.ranks.world import dist
 
-STOPPED = 75  # EX_TEMPFAIL: a signal came, everything is saved, run the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last is what Slurm sends, asked to
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, with everything saved; run the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # Slurm sends the last, on request
 
 
 class Stopped(Exception):
@@ -23,10 +23,10 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Within its context `SIGNALS` only set a flag, however many come. So does the launcher's end.
+    """Within its context `SIGNALS` only set a flag, however many come. So does the end of the launcher.
 
-    Where they were blocked before, one that came while the program was starting counts here. The `deepspeed` command
-    dies of a signal sent to it alone and leaves its ranks behind: they save and end too.
+    If the caller blocked them before, a signal that came during the start counts here. A signal that is sent to the
+    `deepspeed` command alone kills it and leaves its ranks behind: they save and end too.
     """
 
     def __init__(self) -> None:
@@ -65,14 +65,14 @@ class StopFlag:
 
 
 def on_any_rank(condition: bool, device: torch.device) -> bool:
-    """Whether it holds on any rank; a collective."""
+    """Whether `condition` holds on any rank; a collective."""
     flag = torch.tensor(float(condition), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
 
 
 def _launchers() -> list[psutil.Process]:
-    """DeepSpeed's launcher on this machine and, above it, the command that was typed; none without them."""
+    """DeepSpeed's launcher on this machine, and the command `deepspeed` above it, if there are any."""
     found = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents()[:2]:

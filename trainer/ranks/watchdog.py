@@ -1,8 +1,8 @@
-"""A rank that dies takes the job down, and one line names it; so does a mistake that only one rank meets.
+"""When a rank dies, the job ends and one line names the rank. So it is with a mistake that only one rank meets.
 
-Each rank holds a connection to rank 0. However a process dies, its kernel closes its sockets, and a machine that falls
-silent fails TCP's keep-alive within 30 s: either ends the connection. So nothing is polled, a rank that is merely slow
-is not taken for dead, and it does not matter whether collectives fail (gloo's do) or hang (NCCL's).
+Each rank holds a connection to rank 0. However a process dies, its kernel closes its sockets. A machine that falls
+silent fails TCP's keep-alive within 30 s. Either ends the connection. So nothing is polled, and a slow rank is not
+taken for dead. It does not matter whether collectives fail (gloo's do) or hang (NCCL's do).
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from trainer.ranks.errors import PORT
 DIED = 1  # exit status of the ranks that outlive another
 MISTAKE = 2  # exit status after a user's mistake
 START = 300.0  # seconds that the ranks wait for each other at the start
-GRACE = 3.0  # seconds in which ranks that fail together are heard, so that rank 0 speaks for all
+GRACE = 3.0  # seconds to wait for other ranks that fail, so that one line names the first of them
 AGAIN = "run the same command again to resume"
 
 
 class Watchdog:
-    """Within its context no rank is left waiting for one that died or failed; a job of one process has none."""
+    """Within its context no rank waits for a rank that died or failed. A job of one process needs none."""
 
     def __init__(self, rank: int, size: int, start: float = START) -> None:
         """`start`: seconds within which all `size` ranks must have entered."""
@@ -46,22 +46,22 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """A normal end is said to the others. After an error, which may come of another rank's death, they decide."""
+        """Tell the others of a normal end. An error may come from another rank's death, so rank 0 decides who died."""
         if self.size == 1:
             return
         if error is not None and not isinstance(error, SystemExit):
             time.sleep(2 * GRACE)  # a death elsewhere ends this process meanwhile
             traceback.print_exception(error)
-            self._say(died=f" ({kind.__name__}: {' '.join(str(error).split())[:200]})")
+            self._send(died=f" ({kind.__name__}: {' '.join(str(error).split())[:200]})")
             time.sleep(4 * GRACE)
             os._exit(DIED)
         self._left = True
-        self._say(leave=True)
+        self._send(leave=True)
         if self.rank == 0:
             self._all_left.wait(4 * GRACE)
 
     def fail(self, error: Exception) -> int:
-        """Says a user's mistake in one line, once for all ranks, and ends them with status 2.
+        """Print a user's mistake in one line, once for all ranks, and end them with status 2.
 
         With several ranks it does not return.
         """
@@ -69,11 +69,11 @@ class Watchdog:
         if self.size == 1:
             print(f"error: {line}", file=sys.stderr, flush=True)
             return MISTAKE
-        if self._say(failed=line):
+        if self._send(failed=line):
             time.sleep(4 * GRACE)
-        _end(f"error: {line} (rank {self.rank})", MISTAKE)  # rank 0 is not there to speak
+        _end(f"error: {line} (rank {self.rank})", MISTAKE)  # rank 0 is not there to print it
 
-    def _say(self, **message: Any) -> bool:
+    def _send(self, **message: Any) -> bool:
         with contextlib.suppress(OSError):
             if self._connected.wait(4 * GRACE):
                 self._line.sendall(_encode(message))
@@ -81,20 +81,20 @@ class Watchdog:
         return False
 
     def _watch(self) -> None:
-        """The thread of every rank: ends the process when rank 0 says so, or is gone."""
+        """The thread of every rank: it ends the process when rank 0 says so, or is gone."""
         try:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             key = f"watchdog-{_command()}"
             serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
             if not serves:
-                _await(address, self.start)  # torch's store would wait too, but not in silence
-            # On rank 0 the process group will share this store: the address is the same.
+                _await(address, self.start)  # torch's store would wait too, but print warnings
+            # On rank 0 the process group shares this store, since the address is the same.
             self._store = TCPStore(
                 *address, is_master=serves, timeout=timedelta(seconds=self.start),
                 wait_for_workers=False, multi_tenant=True,
             )  # fmt: skip
             if self.rank == 0:
-                # On the family of addresses that rank 0 is known by.
+                # In the address family of MASTER_ADDR.
                 family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
                 listener = socket.create_server(("", 0), family=family, backlog=self.size)
                 token = secrets.token_hex(8)
@@ -106,12 +106,12 @@ class Watchdog:
             where = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
             listens = self.rank == 0 and "listen" in str(error)
             what = "cannot listen" if listens else "finds no rank 0"
-            how = PORT if listens else "see what rank 0 said"
+            how = PORT if listens else "see what rank 0 printed"
             reason = (str(error).splitlines() or [""])[0]
             line = f"error: rank {self.rank} ({self.host}) {what} at {where} ({reason}); {how}"
             _end(line, MISTAKE if listens else DIED)
         _keep_alive(self._line)
-        os.register_at_fork(after_in_child=self._line.close)  # else a child would hold the connection open
+        os.register_at_fork(after_in_child=self._line.close)  # a child would hold the connection open
         self._line.sendall(_encode({"hello": self.rank, "host": self.host, "token": token}))
         self._connected.set()
         with contextlib.suppress(OSError):
@@ -121,15 +121,15 @@ class Watchdog:
                 if "left" in message:
                     return
         if not self._left:
-            try:  # the first on each machine speaks
-                self._speaker = socket.socket(socket.AF_UNIX)
-                self._speaker.bind(f"\0unsoftmax-{token}")
+            try:  # the first on each machine prints it
+                self._first = socket.socket(socket.AF_UNIX)
+                self._first.bind(f"\0unsoftmax-{token}")
             except OSError:
                 os._exit(DIED)
             _end(f"error: rank 0 ({os.environ['MASTER_ADDR']}) died; {AGAIN}", DIED)
 
     def _serve(self, listener: socket.socket, token: str) -> None:
-        """A second thread of rank 0: hears all ranks, its own too, and ends them together."""
+        """A second thread of rank 0: it listens to all ranks, its own too, and ends them together."""
         selector = selectors.DefaultSelector()
         selector.register(listener, selectors.EVENT_READ)
         peers: dict[int, _Peer] = {}
@@ -143,7 +143,7 @@ class Watchdog:
                     selector.register(connection, selectors.EVENT_READ, _Peer(connection, token))
                     continue
                 peer: _Peer = key.data
-                peer.hear()
+                peer.receive()
                 if peer.rank is not None:
                     peers[peer.rank] = peer
                 if peer.ended:
@@ -159,7 +159,7 @@ class Watchdog:
             if now < verdict_at:
                 continue
             status = DIED
-            if died:  # whatever else failed, failed of that
+            if died:  # the death made the others fail
                 first = peers[min(died)]
                 line = f"{first} died{first.died}{f' and {len(died) - 1} more' if died[1:] else ''}; {AGAIN}"
             elif failed:
@@ -167,19 +167,19 @@ class Watchdog:
                 line = f"{first.failed} (rank {first.rank})" if first.rank else first.failed
             else:
                 missing = ", ".join(str(rank) for rank in range(self.size) if rank not in peers)
-                line = f"rank {missing} did not start within {self.start:.0f} s; see what it said"
+                line = f"rank {missing} did not start within {self.start:.0f} s; see what it printed"
             _write(f"error: {line}")
             for peer in peers.values():
-                if peer.rank:  # rank 0 itself ends last, here
-                    peer.tell(exit=status)
+                if peer.rank:  # rank 0 itself ends last, below
+                    peer.send(exit=status)
             os._exit(status)
         for peer in peers.values():
-            peer.tell(left=True)
+            peer.send(left=True)
         self._all_left.set()
 
 
 class _Peer:
-    """Rank 0's end of a rank's connection, and what came over it."""
+    """Rank 0's end of a rank's connection, and what it received."""
 
     def __init__(self, connection: socket.socket, token: str) -> None:
         self.connection, self._token, self._rest = connection, token, b""
@@ -192,8 +192,8 @@ class _Peer:
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host})"
 
-    def hear(self) -> None:
-        """Takes in what came."""
+    def receive(self) -> None:
+        """Receive what is there."""
         try:
             came = self.connection.recv(65536)
         except OSError:
@@ -210,14 +210,14 @@ class _Peer:
         if self.ended and self.failed is None and self.died is None and not self.left:
             self.died = ""
 
-    def tell(self, **message: Any) -> None:
-        """Sends it, if the rank is still there."""
+    def send(self, **message: Any) -> None:
+        """Send it, if the rank is still there."""
         with contextlib.suppress(OSError):
             self.connection.sendall(_encode(message))
 
 
 def _await(address: tuple[str, int], seconds: float) -> None:
-    """Returns once something listens there. Raises OSError when nothing has by then."""
+    """Wait until something listens there. Raises OSError when nothing does after `seconds`."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -229,7 +229,7 @@ def _await(address: tuple[str, int], seconds: float) -> None:
 
 
 def _command() -> str:
-    """A digest of what was typed, the same on all ranks: another run's rank 0 at this address is not taken for ours."""
+    """A digest of the command line, which all ranks share: it tells our rank 0 from another run's at this address."""
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     return hashlib.sha256(json.dumps(typed).encode()).hexdigest()[:16]
 
@@ -239,7 +239,7 @@ def _encode(message: dict[str, Any]) -> bytes:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """A machine that falls silent is noticed within 30 s; probes are answered by its kernel, not by the process."""
+    """Notice a machine that falls silent, within 30 s. Its kernel answers the probes, so a busy process may be slow."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):

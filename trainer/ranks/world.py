@@ -14,17 +14,17 @@ from trainer.ranks.launch import ON_CPU, check_port, read_ranks
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# DeepSpeed builds its operators with ninja from the environment that runs, which need not be activated.
+# DeepSpeed builds its operators with this environment's ninja; the environment may not be activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 if os.access(sys.prefix, os.W_OK):
-    # Beside the environment that they are built from: two environments would build over each other in ~/.cache.
+    # Beside the environment that builds them: two environments would overwrite each other's in ~/.cache.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 from deepspeed import comm as dist
 
-# Our optimizer is torch's AdamW with an average beside, which the tests do cover; and a machine need not have a GPU.
+# The tests do cover our optimizer, torch's AdamW with an average; and a machine without a GPU is no reason to warn.
 deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -123,12 +123,12 @@ def join(me: World) -> None:
 
 
 def leave() -> None:
-    """Wait for all ranks before the process ends: the launcher kills the others once one has ended with a status."""
+    """Wait for all ranks before the process ends: when one ends with a status, the launcher kills the others."""
     dist.barrier()
 
 
 def end(status: int) -> None:
-    """End the process. All is written: to take the interpreter apart takes seconds, in which signals count again."""
+    """End the process at once: the interpreter's own end takes seconds, in which a signal would change the status."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -163,7 +163,7 @@ def work(rank: int, size: int, port: int, log: Path, how: str) -> None:
         ("one raises", {DIED}, "error: rank 1 ({host}) died (KeyError: 'a bug'); run the same command again to resume"),
         ("0 is killed", {DIED, -9}, "error: rank 0 (127.0.0.1) died; run the same command again to resume"),
         ("2 is killed", {DIED, -9}, "error: rank 2 ({host}) died; run the same command again to resume"),
-        ("one is missing", {DIED}, "error: rank 2 did not start within 5 s; see what it said"),
+        ("one is missing", {DIED}, "error: rank 2 did not start within 5 s; see what it printed"),
     ),
 )
 def test_watchdog(tmp_path: Path, how: str, codes: set[int], words: str | None) -> None:
