@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,6 +37,15 @@ TASKS = tuple(task for tasks in STAGES.values() if isinstance(tasks, dict) for t
 
 class UserError(Exception):
     """A user's mistake: one line that says what, where and how to mend it. The program ends with status 2."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Within it a ValueError is a user's mistake: `models` and `data` know no other word for one."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _room(place: str) -> dict[str, type]:
@@ -152,7 +162,8 @@ def no_such(name: str, kind: type = Settings) -> str:
         full for full, text in explained(kind) if full.startswith(group) and all(word in text.lower() for word in asked)
     ]
     near = near or difflib.get_close_matches(name, known, 1)
-    return f"no such setting; {f'did you mean {near[0]}? ' if near else ''}--print_config shows all"
+    hint, all_of = f"did you mean {near[0]}? " if near else "", "--print_config" if kind is Settings else "--help"
+    return f"no such setting; {hint}{all_of} shows all"
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -380,10 +391,8 @@ def _resolve(settings: Settings) -> None:
     for f in dataclasses.fields(settings):
         group = getattr(settings, f.name)
         if hasattr(group, "resolve") and (f.name in of_stage or f.name not in OF_STAGES):
-            try:
+            with user_errors():
                 group.resolve(settings)
-            except ValueError as error:
-                raise UserError(str(error)) from error
 
 
 def as_dict(settings: Common) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import math
 import sys
+from pathlib import Path
 
 from data import DamagedError
 from models import match_dtypes
-from trainer.config import Settings, UserError, as_dict, parse, stage_of
+from trainer.config import Settings, UserError, as_dict, parse, stage_of, user_errors
 from trainer.engine.checkpoint import Checkpoints, Manifest
 from trainer.engine.engine import build_engine, deepspeed_config, offloads
 from trainer.engine.optim import build_optimizer, build_schedule
@@ -31,37 +32,44 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE
     with StopFlag() as should_stop, Watchdog(me.rank, me.size) as watchdog:
+        settings = None
         try:
             check_driver()
             settings = parse(argv)
             stage = stage_of(settings)
             if not isinstance(stage, type):  # a module with a run of its own
                 return stage.run(settings, me, should_stop)
-            config = deepspeed_config(settings, me.size)
-            folder = StageFolder(settings)
-            folder.check(settings)
-            job = build(settings, me)
-            if settings.dry_run or folder.complete:
-                if me.rank == 0:
-                    if folder.complete:
-                        check_unchanged(settings, job, job.steps, *folder.exported())
-                    complete = f"stage {settings.stage} is complete: {folder.export}"
-                    print(describe(settings, job, config, me) if settings.dry_run else complete, flush=True)
-                return 0
-            folder.claim(settings, me.rank)
-        except (UserError, ValueError, OSError) as error:
-            return watchdog.fail(error)
-        try:
-            return run(settings, config, folder, job, me, should_stop)
+            return run(settings, me, should_stop)
         except (UserError, DamagedError) as error:
             return watchdog.fail(error)
         except Exception as error:
-            if (line := explain(error, folder.path)) is None:
+            line = explain(error, settings and Path(settings.run))
+            if line is None:
                 raise
             return watchdog.fail(UserError(line))
 
 
-def run(settings: Settings, config: dict, folder: StageFolder, job: Job, me: World, should_stop: StopFlag) -> int:
+def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
+    """Check one stage, and train it where it is to be trained."""
+    folder = StageFolder(settings)
+    with user_errors():
+        config = deepspeed_config(settings, me.size)
+        folder.check(settings)
+        job = build(settings, me)
+    if not settings.dry_run and not folder.complete:
+        folder.claim(settings, me.rank)
+        return train_stage(settings, config, folder, job, me, should_stop)
+    if me.rank == 0:
+        if folder.complete:
+            check_unchanged(settings, job, job.steps, *folder.exported())
+        complete = f"stage {settings.stage} is complete: {folder.export}"
+        print(describe(settings, job, config, me) if settings.dry_run else complete, flush=True)
+    return 0
+
+
+def train_stage(
+    settings: Settings, config: dict, folder: StageFolder, job: Job, me: World, should_stop: StopFlag
+) -> int:
     """Train, evaluate and export one stage."""
     join(me)
     check_shared(folder.path)

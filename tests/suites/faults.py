@@ -128,12 +128,12 @@ class Bench:
         path.mkdir()
         return path
 
-    def start(self, argv: list[str], ranks: int = 1, supervised: bool = True) -> Run:
+    def start(self, argv: list[str], ranks: int = 1, supervised: bool = True, **how: Any) -> Run:
         """The program, forked. Each thread has a zygote of its own."""
         if not hasattr(self._mine, "zygote"):
             self._mine.zygote = Zygote(ENVIRONMENT, self.small / "train.beton")
         log = Path(tempfile.mkdtemp(dir=self.folder, prefix="log-"))
-        return Run(self._mine.zygote, argv, log, ranks, supervised=supervised)
+        return Run(self._mine.zygote, argv, log, ranks, supervised=supervised, **how)
 
     def finish(self, argv: list[str], ranks: int = 1, timeout: float = 200) -> Run:
         """The program, to its end."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data.beton import side_file
+from models import read_config, save
 from tests.conftest import ROOT
 from tests.suites.faults import (
     EQUAL,
@@ -247,6 +248,52 @@ def exchanged(bench: Bench, number: int) -> list[Fault]:
     if _contents(folder) != before:
         outcome, said = LOST, f"the run folder was changed; {said}"
     return fault(f"exchanged file: {name}", place, outcome, "another under its name", said)
+
+
+def lineage(bench: Bench, number: int) -> list[Fault]:
+    """What the stage before is: exchanged under a half-trained stage, gone, appeared, or not finished."""
+    place, kind = bench.place("lineage", number), ("exchanged", "gone", "appeared", "unfinished")[number % 4]
+    run, earlier = place / "run", place / "run/stage1"
+    argv = short(bench, run)
+    argv[argv.index("--student.parent") : argv.index("--student.parent") + 2] = []
+    if kind != "appeared":
+        shutil.copytree(parent(bench).parent, earlier)
+    if kind == "unfinished":
+        shutil.rmtree(earlier / "export")
+        outcome, said = refusal(bench.finish(argv), "stage 1 is not finished")
+        if (run / "stage2").exists():
+            outcome, said = LOST, f"a stage was begun; {said}"
+        return fault("parent: unfinished", place, outcome, kind, said)
+    first = bench.finish(argv)
+    if first.code != 0:
+        return fault(f"parent: {kind}", place, UNEXPLAINED, "before any fault", ending(first))
+    folder = run / "stage2"
+    shutil.rmtree(folder / "export")
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    if kind == "exchanged":
+        config, state = read_config(earlier / "export"), load_file(earlier / "export/model.safetensors")
+        state["head.bias"].add_(1)
+        save(earlier / "export", state, config)
+    elif kind == "gone":
+        shutil.rmtree(earlier)
+    else:
+        shutil.copytree(parent(bench).parent, earlier)
+    before = _contents(folder)
+    outcome, said = refusal(bench.finish(argv), "student.parent")
+    if _contents(folder) != before:
+        outcome, said = LOST, f"the run folder was changed; {said}"
+    return fault(f"parent: {kind}", place, outcome, "under a half-trained stage", said)
+
+
+def unshared(bench: Bench, number: int) -> list[Fault]:
+    """Two ranks whose run folders are not the same folder, as on two nodes that do not share a file system."""
+    place = bench.place("unshared", number)
+    run = bench.start(short(bench, place / "run"), ranks=2, of_rank={1: ["--run", str(place / "node1")]})
+    run.wait(300)
+    outcome, said = refusal(run, "is another folder on rank 0")
+    if list(place.rglob("step-*")):
+        outcome, said = LOST, f"a checkpoint was published; {said}"
+    return fault("unshared run folder", place, outcome, "two ranks", said)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -544,5 +591,6 @@ def settings(bench: Bench, number: int) -> list[Fault]:
 
 FAMILIES: dict[str, Callable[[Bench, int], list[Fault]]] = {
     "beton": beton, "weights": weights, "export": export, "text": text, "kept": kept, "checkpoint": checkpoint,
-    "hostile": hostile, "exchanged": exchanged,
+    "hostile": hostile, "exchanged": exchanged, "lineage": lineage,
+    "unshared": unshared,
 }  # fmt: skip

@@ -78,11 +78,12 @@ class Run:
         log: a folder for `out` and `err`, which all ranks append to.
         env: changes to the zygote's environment. What a library reads when it is imported cannot be changed so.
         supervised: False leaves the other ranks alone when one ends, as srun may.
+        of_rank: further arguments of single ranks.
     """
 
     def __init__(
         self, zygote: Zygote, argv: list[str], log: Path, ranks: int = 1, env: dict[str, str] | None = None,
-        supervised: bool = True,
+        supervised: bool = True, of_rank: dict[int, list[str]] | None = None,
     ) -> None:  # fmt: skip
         self.log, self.code, self.supervised, self.ending_since = log, None, supervised, None
         common = zygote.env | (env or {})
@@ -94,6 +95,7 @@ class Run:
         for rank in range(ranks):
             mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             given = [f"--local_rank={rank}", *argv] if ranks > 1 else argv
+            given = [*given, *(of_rank or {}).get(rank, [])]
             self.ranks.append(Rank(zygote, argv=given, env=common | mine, out=str(log / "out"), err=str(log / "err")))
 
     def poll(self) -> int | None:

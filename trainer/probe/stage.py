@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import data
-from trainer.config import Settings
+from trainer.config import Settings, user_errors
 from trainer.output.folder import StageFolder
 from trainer.output.paths import write_aside
 from trainer.probe.barrier import Barrier
@@ -21,6 +21,7 @@ from trainer.probe.fit import fit_groups, groups_of, kept
 from trainer.probe.images import Split, available, inspect_images
 from trainer.probe.plan import Plan, make_plan
 from trainer.probe.report import report
+from trainer.ranks.shared import check_shared
 from trainer.ranks.signals import STOPPED, StopFlag, Stopped
 from trainer.ranks.world import World, dist, join, leave
 
@@ -41,8 +42,9 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
         UserError, ValueError, OSError: a user's mistake, in one line.
     """
     folder = StageFolder(settings)
-    folder.check(settings)
-    plan = make_plan(settings, folder)
+    with user_errors():
+        folder.check(settings)
+        plan = make_plan(settings, folder)
     if settings.dry_run or folder.complete:
         if me.rank == 0:
             complete = f"the probe is complete: {folder.path / 'results.json'}"
@@ -51,6 +53,7 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
     room = plan.store.check_room()
     folder.claim(settings, me.rank)
     join(me)
+    check_shared(folder.path)
     counts = [plan.counts]
     dist.broadcast_object_list(counts, src=0)  # the free space may have changed between the ranks' looks
     if counts[0] != plan.counts:
