@@ -395,9 +395,10 @@ Family = Callable[[Bench, int], list[Fault]]
 
 def families() -> dict[str, tuple[Family, str]]:
     """Name -> the function that gives number n of it, and which option says how many are wanted."""
-    import faults_damage
+    from tests.suites import faults_damage
 
     own = {"kills": (kills, "kills"), "disk": (full_disk, "disks"), "settings": (faults_damage.settings, "settings")}
+    own |= {"unshared": (faults_damage.unshared, "unshared")}
     return own | {name: (function, "inputs") for name, function in faults_damage.FAMILIES.items()}
 
 
@@ -482,6 +483,7 @@ def main() -> int:
     parser.add_argument("--disks", type=int, default=20, help="file systems that fill up (default 20)")
     parser.add_argument("--inputs", type=int, default=240, help="damaged and hostile files (default 240)")
     parser.add_argument("--settings", type=int, default=500, help="drawn settings (default 500)")
+    parser.add_argument("--unshared", type=int, default=1, help="run folders that ranks do not share (default 1)")
     parser.add_argument("--minutes", type=float, default=25, help="begin no more after that (default 25)")
     parser.add_argument("--threads", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--only", help="one family, or one fault: FAMILY or FAMILY:NUMBER")

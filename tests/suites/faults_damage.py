@@ -592,5 +592,4 @@ def settings(bench: Bench, number: int) -> list[Fault]:
 FAMILIES: dict[str, Callable[[Bench, int], list[Fault]]] = {
     "beton": beton, "weights": weights, "export": export, "text": text, "kept": kept, "checkpoint": checkpoint,
     "hostile": hostile, "exchanged": exchanged, "lineage": lineage,
-    "unshared": unshared,
 }  # fmt: skip
