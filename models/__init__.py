@@ -27,6 +27,8 @@ from .operators import ADDITIONS, OPERATORS, linear_attention
 from .segmenter import Segmenter, backbone_of
 from .taps import BLOCK_MODULES, tap_names, taps
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ADDITIONS",
     "BLOCK_MODULES",

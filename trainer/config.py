@@ -79,7 +79,9 @@ class Common:
     dry_run: bool = False
     """Show what would run, without training."""
 
-    source: ClassVar[str] = ""  # the file whose settings came first; `parse` sets it
+    # Set by `parse`: the file whose settings came first, and where that is the run's own, what was typed beyond it.
+    source: ClassVar[str] = ""
+    changed: ClassVar[tuple[str, ...]] = ()
 
 
 OF_STAGES = {name: kind for place in _places() for name, kind in _room(place).items()}
@@ -201,6 +203,9 @@ def parse(argv: list[str] | None = None) -> Settings:
     settings = _build(Settings, parser.parse_args([*as_recipe, *argv]))
     settings.run = settings.run or str(Path("runs") / source.stem)
     settings.source = str(source)
+    if source.is_relative_to(Path(settings.run)):
+        begun = as_dict(_build(Settings, parser.parse_args([*as_recipe, "--stage", typed.stage])))
+        settings.changed = differences(begun, as_dict(settings))
     _resolve(settings)
     return settings
 
@@ -418,15 +423,21 @@ def free_settings() -> set[str]:
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Name and values of the first setting that differs and may not change, or None.
+    """Name and values of the first setting that differs and may not change, or None; see `differences`."""
+    return next(iter(differences(before, now)), None)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name and values of the settings that differ and may not change between a run and its continuation.
 
     Args:
         before: settings as a run folder keeps them, maybe of an earlier version.
     """
     before, now, free = flatten(upgrade(before)), flatten(now), free_settings()
     before = flatten(as_dict(Settings(stage="1"))) | before  # a setting that is younger than the run
-    for key in sorted(before.keys() & now.keys()):
-        may_change = any(key == name or key.startswith(f"{name}.") for name in free)
-        if not may_change and before.get(key) != now.get(key):
-            return f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
-    return None
+
+    def may_change(key: str) -> bool:
+        return any(key == name or key.startswith(f"{name}.") for name in free)
+
+    changed = [key for key in sorted(before.keys() & now.keys()) if not may_change(key) and before[key] != now[key]]
+    return tuple(f"{key} was {before[key]!r}, is now {now[key]!r}" for key in changed)

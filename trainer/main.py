@@ -94,7 +94,7 @@ def train_stage(
     tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
     start = f"step {step}" if found else job.start
     tracker.info(f"stage {settings.stage}, {job.stage.name}: from {start}, to step {job.steps}")
-    tracker.info(f"{job.images}; settings of {settings.source}")
+    tracker.info(f"{job.images}; settings of {', but '.join((settings.source, *settings.changed))}")
     for note in job.notes:
         tracker.info(f"note: {note}")
     if order["order"] == "windowed":

@@ -216,6 +216,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "zero_top_key": (("--deepspeed", "{bad}/top_key.json"), ("gradient_cliping", "gradient_clipping")),
     "zero_1_fp32_sums": (
         ("--train.bf16", "true", "--deepspeed", "{bad}/fp32_sums.json"), ("grad_accum_dtype", "stage 2 or 3")),
+    "zero_3_compile": (
+        ("--train.compile", "true", "--deepspeed", "ds_configs/zero3.json"), ("train.compile", "ZeRO 3", "zero2.json"),
+    ),
     "zero_key": (("--deepspeed", "{bad}/zero_key.json"), ("zero_key.json", "zero_optimization.overlap_com")),
     "zero_value": (("--deepspeed", "{bad}/zero_value.json"), ("zero_optimization.offload_optimizer.device", "'cpu'")),
     "zero_type": (("--deepspeed", "{bad}/zero_type.json"), ("zero_optimization.offload_optimizer",)),

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ENVIRONMENT, ROOT
-from trainer.config import RECIPES, Settings, UserError, explained, first_difference, names, parse
+from tools.write_settings import page
+from trainer.config import RECIPES, Settings, UserError, as_dict, explained, first_difference, names, parse
 from trainer.main import main
 from trainer.output.folder import StageFolder
 
@@ -134,6 +136,33 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path: Path) -> None:
     assert parse(["--stage", "1", "--run", str(run)]).train.lr == 9
     assert parse(["--stage", "1", "--run", str(run), "--train.lr", "8"]).train.lr == 8
     assert parse(["--stage", "1", "--run", str(run), "--config", "default"]).data.train == "digits"
+    assert parse(["--stage", "3", "--run", str(run)]).changed == ()
+    said = parse(["--stage", "3", "--run", str(run), "--data.image_size", "64"]).changed
+    assert said == ("data.image_size was 32, is now 64",)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml has settings of other names, and lacks younger ones."""
+    stage = tmp_path / "run/stage2"
+    (stage / "checkpoints/step-00000001").mkdir(parents=True)
+    typed = ["--stage", "2", "--config", "default", "--run", str(tmp_path / "run")]
+    kept = as_dict(parse([*typed, "--student.operator", "relu"]))
+    for name in ("operator", "operator_kwargs", "additions"):
+        del kept["student"][name]
+    kept["student"]["feature_map"] = "relu"
+    (stage / "config.yaml").write_text(yaml.safe_dump(kept))
+    settings = parse(["--stage", "2", "--run", str(tmp_path / "run")])
+    assert settings.student.operator == "relu"
+    StageFolder(settings).check(settings)
+    with pytest.raises(UserError, match=r"student\.operator was 'relu', is now 'elu1'"):
+        StageFolder(settings).check(parse(typed))
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("student: {feature_map: relu}\nstages: {1: {student: {feature_map: elu1}}}\n")
+    assert [parse(["--stage", s, "--config", str(recipe)]).student.operator for s in "12"] == ["elu1", "relu"]
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    assert (ROOT / "docs/settings.md").read_text() == page(), "python -m tools.write_settings"
 
 
 def test_every_setting_is_explained_in_one_sentence() -> None:

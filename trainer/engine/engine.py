@@ -71,6 +71,9 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
     if fp32_sums and settings.train.bf16 and config["zero_optimization"]["stage"] == 1:
         what = "DeepSpeed keeps such state in an optimizer of its own, which cannot be saved here"
         raise UserError(f"--deepspeed {path}: data_types {types} in ZeRO 1: {what}; remove it, or use stage 2 or 3")
+    if settings.train.compile and config["zero_optimization"]["stage"] == 3:
+        why = "its hooks break the compiled graph at every module"
+        raise UserError(f"train.compile: does not work with ZeRO 3 ({why}); use ds_configs/zero2.json, or leave it off")
     accumulate = accumulation(settings, size)
     ours = {
         "train_batch_size": (settings.train.batch_size, "train.batch_size"),

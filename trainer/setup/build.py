@@ -1,5 +1,6 @@
 """From settings to what a stage runs on: data, teacher, student and lineage, checked before anything is trained."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def build(settings: Settings, me: World) -> Job:
     kind, infos = stage_of(settings), inspect_data(settings)
     accumulate = accumulation(settings, me.size)
     kind.check(settings, infos, settings.train.batch_size // me.size // accumulate)
-    teacher = build_teacher(settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        teacher = build_teacher(settings)
     models.check_linearizable(teacher)
     if kind.needs_teacher and not is_trained(settings):
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
@@ -103,7 +106,8 @@ def build(settings: Settings, me: World) -> Job:
             models.take_any_size(vit)
     job = Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps, sizes)
     job.images = _in_words(settings, models.backbone_of(stage.student), given, me.size, accumulate)
-    job.notes += [*models.notes(chosen.name, chosen.kwargs), *stage.notes(), *_notes(settings, steps)]
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]  # timm's notes among it
+    job.notes += [*dict.fromkeys(said), *stage.notes(), *_notes(settings, steps)]
     return job
 
 

@@ -39,7 +39,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     lines = [
         f"stage {settings.stage}: {stage.name}",
         f"starts from: {job.start}",
-        f"settings of: {settings.source}",
+        f"settings of: {', but '.join((settings.source, *settings.changed))}",
         job.images,
         f"trainable parameters: {trained:,}",
         f"frozen parameters: {frozen:,} of the student, {teacher:,} of the teacher",
