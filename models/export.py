@@ -301,7 +301,7 @@ def _check_description(config: Mapping[str, Any]) -> None:
         }
         if not fits.get(name, True):
             raise ValueError(f"input: {name} {value!r}"[:100])
-    count = config.get("segmentation", config["backbone"]["kwargs"]).get("num_classes")
+    count = (config.get("segmentation") or config["backbone"]["kwargs"]).get("num_classes")
     for name, kind in (("classes", str), ("palette", list)):
         value = config.get(name)
         if value is not None and not all(isinstance(item, kind) for item in value):

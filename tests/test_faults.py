@@ -11,17 +11,7 @@ from tests.suites.faults import EQUAL, ERROR, LOST, SKIPPED, UNEXPLAINED, Bench,
 from tests.suites.faults_damage import short, undamaged
 
 WANTED = {"kills": 5, "disk": 1, "settings": 60, "beton": 2, "checkpoint": 2, "kept": 2, "text": 2, "hostile": 3}
-WANTED["lineage"] = 4
-    "kills": 5,
-    "disk": 1,
-    "settings": 60,
-    "beton": 2,
-    "checkpoint": 2,
-    "kept": 2,
-    "text": 2,
-    "hostile": 3,
-    "lineage": 4,
-}
+WANTED |= {"lineage": 4}
 
 
 @pytest.fixture(scope="module")
