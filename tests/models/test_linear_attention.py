@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import linear_attention, linearize
 from models.operators.feature_maps import elu1
 from tests.models import naive
+from tests.support.largest import LargestTensor
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -72,18 +72,6 @@ def test_a_token_without_features_gives_zero_and_finite_gradients():
     out.sum().backward()
     assert (out == 0).all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *(x.numel() for x in tensors)])
-        return out
 
 
 def test_the_measure_finds_an_n_by_n_tensor():

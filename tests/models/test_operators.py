@@ -10,7 +10,6 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -32,6 +31,7 @@ from models import (
 from models.operators import Shape, build_additions, build_operator
 from models.operators.core import EPS, wide
 from tests.models import naive
+from tests.support.largest import LargestTensor
 
 EACH = [*((name, ()) for name in OPERATORS), *(("elu1", (name,)) for name in ADDITIONS)]
 TOGETHER = [*((name, ()) for name in OPERATORS), ("elu1", tuple(ADDITIONS))]
@@ -162,18 +162,6 @@ def test_values_and_gradients_stay_finite(name, scale):
 
 
 # --- Cost -----------------------------------------------------------------------------------------------------------
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *(x.numel() for x in tensors)])
-        return out
 
 
 @pytest.mark.parametrize("pair", EACH, ids=ids)
