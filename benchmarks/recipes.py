@@ -1,8 +1,8 @@
 """Every operator, addition, hybrid and loss on the embedded default, at equal budgets: `make bench-recipes`.
 
-For each seed stages 1 and 2 on the budget of the recipe `adala`, which is the first row; each other row changes what its
-name says. Recipes that differ in stage 2 alone share stage 1. Judged at the last step, on images that chose nothing. A run
-that is done is only read, so the same command goes on where it was interrupted, and makes what is new.
+For each seed stages 1 and 2 on the budget of the recipe `adala`, which is the first row; each other row changes what
+its name says. Recipes that differ in stage 2 alone share stage 1. Judged at the last step, on images that chose
+nothing. A run that is done is only read, so the same command goes on where it was interrupted, and makes what is new.
 """
 
 import argparse
@@ -159,8 +159,8 @@ def main() -> None:
         each = ", ".join(f"{pair[1]['top1']:.2f}" for pair in lines)
         rows.append([name, row.kind, f"{top[0]:.2f}", f"{cosine[0]:.3f}", f"{top[1]:.2f}", each,
                      f"{top[1] / teacher:.1%}", f"{cosine[1]:.3f}"])  # fmt: skip
-    head = ["student", "kind", "top-1 after stage 1", "feature cosine", "after stages 1 + 2", "a seed", "of the teacher",
-            "feature cosine"]  # fmt: skip
+    head = ["student", "kind", "top-1 after stage 1", "feature cosine", "after stages 1 + 2", "a seed"]
+    head += ["of the teacher", "feature cosine"]
     print(markdown(head, rows))
 
 
