@@ -70,6 +70,7 @@ def chosen_blocks(
         join(me)
         shared = [ranking(settings, teacher, given, train, me, of, path) if me.rank == 0 else None]
         dist.broadcast_object_list(shared, src=0)
+        dist.barrier()  # no rank ends, with nothing left to do, before all have it
         found = shared[0]
     alone = "  ".join(f"{i}: {damage:.3g}" for i, damage in enumerate(found["alone"]))
     which = f"block{'s' if count > 1 else ''} {', '.join(map(str, found['softmax']))}"

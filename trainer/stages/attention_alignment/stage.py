@@ -14,7 +14,8 @@ from trainer.stages.blockwise import FREE_RUNNING, TEACHER_FORCED, errors, force
 class AttentionAlignment(Stage):
     """Mean over linear blocks of MSE(student attention output, teacher attention output); only Q, K, V are trained.
 
-    Evaluations tell the error of each block, and the one that it has when the student runs by itself.
+    Evaluations tell the error of each block, and the one that it has when the student runs by itself (not where the
+    attention is compiled).
     """
 
     name = "attention alignment"
@@ -25,10 +26,11 @@ class AttentionAlignment(Stage):
         self.blocks = linear_blocks(self.student)
         self.point = {"output": "mha", "heads": "heads"}[self.settings.stage1.match]
         self.teacher_taps = forced_taps(self.blocks, self.point)
-        self.student_taps = tuple(f"blocks.{i}.{self.point}" for i in self.blocks)
         if self.settings.train.compile:
             for i in self.blocks:
                 self.student.blocks[i].attn.compile()
+        else:
+            self.student_taps = tuple(f"blocks.{i}.{self.point}" for i in self.blocks)
 
     def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B]}, in evaluation with the error of each block."""
@@ -38,4 +40,6 @@ class AttentionAlignment(Stage):
     def metrics(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """With the error of each block where the student runs by itself."""
         values = super().metrics(batch, outputs)
-        return values | named(FREE_RUNNING, errors(outputs.of_student, outputs.teacher, self.blocks, self.point))
+        if self.student_taps:
+            values |= named(FREE_RUNNING, errors(outputs.of_student, outputs.teacher, self.blocks, self.point))
+        return values

@@ -120,6 +120,7 @@ class FeatureAlignment(Stage):
                 x = read[name].double().flatten(0, -2)
                 new = torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
                 sums[name] = sums.get(name, 0) + new
+        loader.close()
         found = {}
         for name, total in sums.items():
             dist.all_reduce(total)
