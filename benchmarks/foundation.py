@@ -10,6 +10,7 @@ same command goes on where it was interrupted.
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -124,11 +125,13 @@ def main() -> None:
     for part in LABELLED:
         for split in ("train", "val"):
             files[f"{part}-{split}"] = write(images / part / split, out / f"data/{part}-{split}.beton")
-    camvid = images / "camvid"
+    camvid, classes = images / "camvid", out / "data/classes.csv"
     if args.head_epochs:
+        lines = (camvid / "classes.csv").read_text().splitlines()  # what has no name is not learned
+        classes.write_text("".join(re.sub("(?i),(unlabel|void).*", ",", line) + "\n" for line in lines))
         for split in ("train", "val"):
             options = ("--task", "segmentation", "--masks", str(camvid / "masks" / split))
-            options += ("--classes", str(camvid / "classes.csv"))
+            options += ("--classes", str(classes))
             files[f"camvid-{split}"] = write(camvid / "images" / split, out / f"data/camvid-{split}.beton", *options)
 
     common = ["--config", "own", "--teacher.name", name, "--teacher.weights", str(weights), "--wandb.enabled", "false"]
