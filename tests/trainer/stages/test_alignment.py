@@ -98,7 +98,8 @@ def test_standardised_targets_are_the_runs(small: Path, tmp_path: Path) -> None:
     file = done.folder / "target_statistics.safetensors"
     found = load_file(file)
     given = models.read_config(done.folder / "export")["input"]
-    loader = train_loader(small / "train.beton", image_size=32, batch_size=16, mean=given["mean"], std=given["std"])
+    how = {"mean": given["mean"], "std": given["std"], "scale": (0.25, 1.0), "ratio": (0.75, 1.3333), "hflip": 0.5}
+    loader = train_loader(small / "train.beton", image_size=32, batch_size=16, **how)
     stage = job_of(small, 2).stage
     read = [both(stage, batch["image"], "norm", "blocks.0.rc2")[0] for batch in loader.epoch(0)]
     for name in ("norm", "blocks.0.rc2"):
