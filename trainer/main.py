@@ -86,11 +86,12 @@ def train_stage(
     schedule = build_schedule(optimizer, settings.train, job.steps)
     engine = build_engine(job.stage, optimizer, config)
     match_dtypes(job.stage)
-    if job.stage.teacher is not None:
-        job.stage.teacher.to(me.device, next(job.stage.parameters()).dtype)
+    for model in job.stage.beside():
+        model.to(me.device, next(job.stage.parameters()).dtype)
     step = found[1]["step"] if found else 0
     if found:
         checkpoints.restore(engine, found)
+    job.stage.begin(engine, train_data, folder.path, step)
     tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
     start = f"step {step}" if found else job.start
     tracker.info(f"stage {settings.stage}, {job.stage.name}: from {start}, to step {job.steps}")

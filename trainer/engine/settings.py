@@ -26,6 +26,10 @@ class Train:
     """Images per rank and forward pass, at most; by default no accumulation."""
     lr: Positive = 1e-3
     """Peak learning rate, between warm-up and the cosine to min_lr."""
+    lr_new: Positive = 1.0
+    """Factor on the learning rate of what the softmax model does not have: the operator's and additions' parameters."""
+    lr_attention: Positive = 1.0
+    """Factor on the learning rate of the attention's other parameters, in all blocks."""
     min_lr: NonNegative = 0.0
     """Learning rate at the end."""
     warmup_steps: CountOrZero = 0

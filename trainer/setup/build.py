@@ -11,6 +11,7 @@ from trainer.config import Settings, UserError, stage_of
 from trainer.engine.engine import accumulation
 from trainer.ranks.world import World
 from trainer.setup import resolution
+from trainer.setup.hybrid import chosen_blocks
 from trainer.setup.student import build_student
 from trainer.setup.teacher import build_teacher, input_of, is_trained
 from trainer.stages.base import Infos, Stage
@@ -69,7 +70,8 @@ def build(settings: Settings, me: World) -> Job:
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
                         "give its file with --teacher.weights FILE")  # fmt: skip
     given = input_of(settings, teacher)
-    student, start, lineage = build_student(settings, teacher, given["image_size"], kind.previous)
+    keep, chosen_how = chosen_blocks(settings, teacher, given, infos["train"], kind.previous, me)
+    student, start, lineage = build_student(settings, teacher, given["image_size"], kind.previous, keep)
     num_classes = kind.head_classes(settings, infos, student)
     seen = {"stage": settings.stage, "train": Path(settings.data.train).name, "sha256": infos["train"].sha256}
     seen |= {"image_size": given["image_size"], "trained": settings.student.trainable or kind.trainable}
@@ -107,6 +109,7 @@ def build(settings: Settings, me: World) -> Job:
     job = Job(stage, start, export, infos["train"], infos.get("val"), steps_per_epoch, steps, sizes)
     job.images = _in_words(settings, models.backbone_of(stage.student), given, me.size, accumulate)
     said = [str(warning.message) for warning in caught if warning.category is UserWarning]  # timm's notes among it
+    said += [chosen_how] if chosen_how else []
     job.notes += [*dict.fromkeys(said), *stage.notes(), *_notes(settings, steps)]
     return job
 

@@ -25,7 +25,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     stage, zero = job.stage, config["zero_optimization"]["stage"]
     trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in stage.parameters() if not p.requires_grad)
-    teacher = sum(p.numel() for p in stage.teacher.parameters()) if stage.teacher is not None else 0
+    teacher = sum(p.numel() for model in stage.beside() for p in model.parameters())
     accumulate = accumulation(settings, me.size)
     micro = settings.train.batch_size // me.size // accumulate
     dtype = torch.bfloat16 if settings.train.bf16 else torch.float32
@@ -70,15 +70,14 @@ def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> t
     """
     height, width = pair(image_size)
     stage = copy.deepcopy(stage).to("meta", dtype)
-    if stage.teacher is not None:
-        stage.teacher.to("meta", dtype)
+    for model in stage.beside():
+        model.to("meta", dtype)
     for module in stage.modules():
         module._compiled_call_impl = None  # as it would run without train.compile
     # Fake tensors rather than those of the meta device, which knows softmax attention as N x N products only.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (stage, stage.teacher):
-            if module is not None:
-                module.to_empty(device="cpu")
+        for module in (stage, *stage.beside()):
+            module.to_empty(device="cpu")
         for p in stage.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_drop_gradient)

@@ -1,11 +1,13 @@
 """Settings of what a stage runs on: the teacher, the student and the images."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from trainer.fields import Count, Fraction, Interval, OptionalPath, PathName, Probability, Shares, checked
 from trainer.setup.resolution import ImageSize, Resolutions
 
+Auto = checked(str, "auto:K for K blocks", lambda v: re.fullmatch(r"auto:[1-9]\d*", v))
 Mean = checked(list[float], "three values (R, G, B)", lambda v: len(v) == 3)
 Std = checked(list[float], "three values (R, G, B) above 0", lambda v: len(v) == 3 and min(v) > 0)
 
@@ -42,8 +44,8 @@ class Student:
     """The operator's own keywords, such as {power: 6}."""
     additions: list[str] = field(default_factory=list)
     """What is added to the operator: names from models.ADDITIONS, such as [value_conv5]."""
-    keep_softmax: list[int] = field(default_factory=list)
-    """Blocks that keep softmax attention."""
+    keep_softmax: list[int] | Auto = field(default_factory=list)
+    """Blocks that keep softmax attention; auto:2 chooses two by what the final tokens lose without them."""
     trainable: Literal["qkv", "attention", "backbone", "head", "all"] | None = None
     """Parameters that train: qkv has the operator's own too; by default qkv in stage 1, backbone in 2, all in 3."""
     parent: PathName | None = None

@@ -20,19 +20,22 @@ class Student(NamedTuple):
     lineage: dict[str, Any]
 
 
-def build_student(settings: Settings, teacher: models.ViT, image_size: Size, previous: str | None) -> Student:
+def build_student(
+    settings: Settings, teacher: models.ViT, image_size: Size, previous: str | None, keep_softmax: Collection[int]
+) -> Student:
     """The student that a stage starts from.
 
     Args:
         image_size: pixels, of the stage's images.
         previous: the stage whose export it starts from, in the same run folder.
+        keep_softmax: what `student.keep_softmax` comes to.
 
     Raises:
         UserError, ValueError, OSError: one line on what does not fit.
     """
     wanted = settings.student
     softmax = wanted.attention == "softmax"
-    keep = range(len(teacher.blocks)) if softmax else wanted.keep_softmax
+    keep = range(len(teacher.blocks)) if softmax else keep_softmax
     student = convert(settings, teacher, keep)
     lineage = {
         "teacher": teacher_lineage(settings, teacher),
@@ -71,7 +74,17 @@ def convert(settings: Settings, teacher: models.ViT, keep_softmax: Collection[in
     """The teacher with the student's attention, every weight copied. Raises ValueError for what there is not."""
     wanted = settings.student
     keep = wanted.keep_softmax if keep_softmax is None else keep_softmax
+    if isinstance(keep, str):  # which ones is not known yet
+        keep = range(check_count(keep, len(teacher.blocks)))
     return models.linearize(teacher, wanted.operator, keep, wanted.operator_kwargs, wanted.additions)
+
+
+def check_count(keep_softmax: str, depth: int) -> int:
+    """The K of `auto:K`. Raises UserError where a model of `depth` blocks has no block left to convert."""
+    count = int(keep_softmax.removeprefix("auto:"))
+    if count >= depth:
+        raise UserError(f"student.keep_softmax {keep_softmax}: the model has {depth} blocks; keep fewer")
+    return count
 
 
 def parent_of(settings: Settings, previous: str | None) -> Path | None:

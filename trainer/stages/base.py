@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
-from models import LinearAttention, ViT, taps
+from models import LinearAttention, ViT, backbone_of, taps
 from trainer.config import Settings, UserError
 from trainer.engine.engine import DeepSpeedEngine, set_working_copy
+from trainer.engine.optim import scaled
 from trainer.engine.shards import WEIGHT, Shards
 from trainer.ranks.world import dist
 
@@ -27,11 +28,13 @@ class ForwardOutputs:
 
     def __init__(self, stage: "Stage", image: Tensor) -> None:
         self.stage, self.image = stage, image
+        self.of_student: dict[str, Tensor] = {}
 
     @functools.cached_property
     def student(self) -> tuple[Tensor, Tensor]:
-        """Tokens after the last norm [B, N, D], and the head's output [B, C]."""
-        return self.stage.student(self.image)
+        """Tokens after the last norm [B, N, D], and the head's output [B, C]; `of_student` has the `student_taps`."""
+        with taps(self.stage.student, self.stage.student_taps) as self.of_student:
+            return self.stage.student(self.image)
 
     @functools.cached_property
     def teacher(self) -> dict[str, Tensor]:
@@ -56,6 +59,7 @@ class Stage(nn.Module):
     quick_probes = False  # whether `probe.every` applies
     scored = "loss"  # what `score` looks at
     teacher_taps: tuple[str, ...] = ()
+    student_taps: tuple[str, ...] = ()
     teacher: ViT | None
 
     def __init__(self, settings: Settings, student: ViT, teacher: ViT | None, num_classes: int, infos: Infos) -> None:
@@ -83,6 +87,10 @@ class Stage(nn.Module):
             for name, value in self.student.state_dict(keep_vars=True).items()
             if not value.requires_grad
         }
+
+    def beside(self) -> list[nn.Module]:
+        """The frozen models that stand beside the student, on its device and in its precision."""
+        return [] if self.teacher is None else [self.teacher]
 
     # --- Before training: checks, and how images are read --------------------------------------------------------
 
@@ -152,7 +160,17 @@ class Stage(nn.Module):
 
         A group's `lr_scale` is a factor on the learning rate.
         """
-        return param_groups_weight_decay(self.student, **self.decay_options())
+        return self.by_part(param_groups_weight_decay(self.student, **self.decay_options()))
+
+    def by_part(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups, at the learning rates that `train.lr_new` and `train.lr_attention` ask for."""
+        train, attentions = self.settings.train, [block.attn for block in backbone_of(self.student).blocks]
+        new = [p for attn in attentions if isinstance(attn, LinearAttention) for p in attn.new_parameters()]
+        ids = {id(p) for p in new}
+        old = [p for attn in attentions for p in attn.parameters() if id(p) not in ids]
+        for part, factor in ((new, train.lr_new), (old, train.lr_attention)):
+            groups = groups if factor == 1 else scaled(groups, part, factor)
+        return groups
 
     def decay_options(self) -> dict[str, Any]:
         """The keywords that timm's functions for parameter groups share."""
@@ -165,6 +183,13 @@ class Stage(nn.Module):
     def ema_decay(self) -> float | None:
         """Decay of the weights' moving average, which is then evaluated and exported; None: there is none."""
         return None
+
+    def begin(self, engine: DeepSpeedEngine, loader: data.Loader, folder: Path, step: int) -> None:
+        """What needs images before the first step; `folder` keeps it for when the run goes on at `step`; a collective.
+
+        Raises:
+            UserError: the folder cannot be read or written.
+        """
 
     # --- Training and evaluation ---------------------------------------------------------------------------------
 

@@ -3,31 +3,45 @@
 ViT-AdaLA, arXiv 2603.16063: both run in the same process, the target is made on the fly.
 """
 
+import itertools
+import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from data import Loader
-from models import taps
+from models import linear_blocks, taps
+from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
 from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Stage
+from trainer.stages.blockwise import FREE_RUNNING, errors, forced_taps, mean_of, named, teacher_forced
 from trainer.stages.pictures import draw_features
 
 SHOWN = 8  # images in the picture, at most
+MEASURED = 8  # batches, over all ranks, whose targets give the standard deviations
+POINT = "mha"  # where attentions are compared
 
 
-def mse(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+def token_mean(error: Tensor, weights: Tensor | None) -> Tensor:
+    """[B, N] or [B, N, D] -> [B], the mean over tokens with `weights` [N] (None: all alike) and over channels."""
+    if weights is None:
+        return error.mean(tuple(range(1, error.ndim)))
+    return (error.flatten(2).mean(-1) if error.ndim > 2 else error) @ (weights / weights.sum())
+
+
+def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
     """Mean squared error over tokens and channels: [B, N, D] twice -> {"loss": [B]}."""
-    return {"loss": F.mse_loss(student, teacher, reduction="none").mean((1, 2))}
+    return {"loss": token_mean(F.mse_loss(student, teacher, reduction="none"), weights)}
 
 
-def cosine_smooth_l1(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+def cosine_smooth_l1(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
     """0.9 (1 - cosine) + 0.1 smooth L1, means over tokens, as in AM-RADIO, arXiv 2312.06709, equation 3."""
-    cosine = (1 - F.cosine_similarity(student, teacher, dim=-1)).mean(1)
-    smooth_l1 = F.smooth_l1_loss(student, teacher, reduction="none").mean((1, 2))
+    cosine = token_mean(1 - F.cosine_similarity(student, teacher, dim=-1), weights)
+    smooth_l1 = token_mean(F.smooth_l1_loss(student, teacher, reduction="none"), weights)
     return {"loss": 0.9 * cosine + 0.1 * smooth_l1, "cosine": cosine, "smooth_l1": smooth_l1}
 
 
@@ -35,7 +49,11 @@ LOSSES = {"mse": mse, "cosine_smooth_l1": cosine_smooth_l1}
 
 
 class FeatureAlignment(Stage):
-    """The student's final tokens, prefix and patches, are pulled to the teacher's; all but the head is trained."""
+    """The student's final tokens, prefix and patches, are pulled to the teacher's; all but the head is trained.
+
+    By its settings also the outputs of blocks, and the attention of each block as in stage 1. Evaluations tell the
+    error of each block's attention where the student runs by itself.
+    """
 
     name = "feature alignment"
     trainable = "backbone"
@@ -43,12 +61,107 @@ class FeatureAlignment(Stage):
     quick_probes = True
 
     def prepare(self) -> None:
-        """Checkpointing and compilation, block by block."""
+        """What is matched; checkpointing and compilation, block by block.
+
+        Raises:
+            UserError: `stage2.blocks` names a block that there is not.
+        """
+        options, depth = self.settings.stage2, len(self.student.blocks)
+        if any(i >= depth for i in options.blocks):
+            raise UserError(f"stage2.blocks {options.blocks}: the model has blocks 0 to {depth - 1}")
+        self.linear = linear_blocks(self.student)
+        self.between = tuple(f"blocks.{i}.rc2" for i in dict.fromkeys(options.blocks))
+        self.scales: dict[str, tuple[Tensor, Tensor]] = {}  # mean and deviation [D]; no buffers, which would be bf16
         self.save_memory_and_time(self.student, self.teacher)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What an evaluation compares per block; none where the blocks are compiled."""
+        looks = not self.training and not self.settings.train.compile
+        return tuple(f"blocks.{i}.{POINT}" for i in self.linear) if looks else ()
+
+    @property
+    def teacher_taps(self) -> tuple[str, ...]:
+        """The targets beside the final tokens."""
+        forced = forced_taps(self.linear, POINT) if self.settings.stage2.attention_weight > 0 else ()
+        return tuple(dict.fromkeys((*self.between, *forced, *self.watched)))
+
+    @property
+    def student_taps(self) -> tuple[str, ...]:
+        """What is compared with them."""
+        return (*self.between, *self.watched)
+
+    def begin(self, engine: DeepSpeedEngine, loader: Loader, folder: Path, step: int) -> None:
+        """With `stage2.standardise`: mean and deviation of the targets' channels, over the first batches.
+
+        They are the run's: one that goes on reads them from its folder.
+        """
+        if not self.settings.stage2.standardise:
+            return
+        file = folder / "target_statistics.safetensors"
+        if step == 0 or not file.is_file():
+            found = self.measure_targets(loader)
+            if dist.get_rank() == 0:
+                save_file(found, part := file.with_suffix(".part"))
+                os.replace(part, file)
+        else:
+            found = load_file(file, str(engine.device))
+        names = ("norm", *self.between)
+        self.scales = {name: (found[f"{name}.mean"], found[f"{name}.deviation"]) for name in names}
+        dist.barrier()
+
+    def measure_targets(self, loader: Loader) -> dict[str, Tensor]:
+        """`NAME.mean` and `NAME.deviation`, [D] in fp32, over the tokens of the first batches; a collective."""
+        sums: dict[str, Tensor] = {}
+        batches = itertools.islice(loader.epoch(0, 0), MEASURED * loader.accumulate)
+        for batch in batches:
+            read = ForwardOutputs(self, batch["image"]).teacher
+            for name in ("norm", *self.between):
+                x = read[name].double().flatten(0, -2)
+                new = torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
+                sums[name] = sums.get(name, 0) + new
+        loader.close()
+        found = {}
+        for name, total in sums.items():
+            dist.all_reduce(total)
+            count, mean, square = total[0], total[1] / total[0], total[2] / total[0]
+            variance = (square - mean.square()) * count / (count - 1)
+            # A channel that hardly moves does not count more than 100 times as much as the others do.
+            deviation = variance.clamp_min(1e-4 * variance.mean()).sqrt()
+            found |= {f"{name}.mean": mean.float(), f"{name}.deviation": deviation.float()}
+        return found
 
     def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""
-        return LOSSES[self.settings.stage2.loss](outputs.student[0].float(), outputs.teacher["norm"].float())
+        options = self.settings.stage2
+        values = self.pull("norm", outputs.student[0], outputs.teacher["norm"])
+        if self.between:
+            each = [self.pull(name, outputs.of_student[name], outputs.teacher[name])["loss"] for name in self.between]
+            values["blocks"] = torch.stack(each).mean(0)
+            values["loss"] = values["loss"] + options.block_weight * values["blocks"]
+        if options.attention_weight > 0:
+            values["attention"] = mean_of(teacher_forced(self, outputs, self.linear, POINT))
+            values["loss"] = values["loss"] + options.attention_weight * values["attention"]
+        return values
+
+    def pull(self, name: str, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """`stage2.loss` between two tensors called `name`, [B, N, D]."""
+        options, prefix, weights = self.settings.stage2, self.student.num_prefix_tokens, None
+        student, teacher = student.float(), teacher.float()
+        if name in self.scales:
+            mean, deviation = self.scales[name]
+            student, teacher = (student - mean) / deviation, (teacher - mean) / deviation
+        if options.prefix_weight != 1 and prefix > 0:
+            weights = student.new_ones(student.shape[1])
+            weights[:prefix] = options.prefix_weight
+        return LOSSES[options.loss](student, teacher, weights)
+
+    def metrics(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
+        """With the error of each block's attention where the student runs by itself."""
+        values = super().metrics(batch, outputs)
+        if self.watched:
+            values |= named(FREE_RUNNING, errors(outputs.of_student, outputs.teacher, self.linear, POINT))
+        return values
 
     def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
         """`features.png`: the last tokens of the first images, teacher beside student."""

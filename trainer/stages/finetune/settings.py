@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.fields import BelowOne, Count, Fraction, NonNegative
+from trainer.fields import BelowOne, Count, Fraction, NonNegative, PathName, Positive
 
 
 @dataclass
@@ -25,6 +25,12 @@ class Stage3:
     """CutMix's alpha; 0 is off."""
     ema: BelowOne | None = None
     """Decay of the weights' moving average, which is then evaluated and exported."""
+    distill: PathName | None = None
+    """The export of a fine-tuned model, softmax mostly, whose logits are learned as well."""
+    distill_weight: Fraction = 0.5
+    """Share of that in the loss; the rest is of the labels."""
+    distill_temperature: Positive = 1.0
+    """Temperature of both logits in it."""
 
 
 SETTINGS = {"stage3": Stage3}

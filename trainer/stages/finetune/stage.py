@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
+import models
 from models import ViT
 from trainer.config import Settings, UserError
 from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage
@@ -28,7 +29,7 @@ class Supervised(Stage):
         decay = self.settings.stage3.layer_decay
         if decay is None:
             return super().parameter_groups()
-        return param_groups_layer_decay(self.student, **self.decay_options(), layer_decay=decay)
+        return self.by_part(param_groups_layer_decay(self.student, **self.decay_options(), layer_decay=decay))
 
     @property
     def ema_decay(self) -> float | None:
@@ -37,10 +38,14 @@ class Supervised(Stage):
 
 
 class Finetune(Supervised):
-    """Cross-entropy with label smoothing, mixup, cutmix and drop path, all keyed by sample."""
+    """Cross-entropy with label smoothing, mixup, cutmix and drop path, all keyed by sample.
+
+    With `stage3.distill` also the logits of a model that was fine-tuned before, arXiv 1503.02531.
+    """
 
     name = "supervised fine-tuning"
     scored = "top1"
+    master: nn.Module | None
 
     @classmethod
     def check(cls, settings: Settings, infos: Infos, micro_batch_size: int) -> None:
@@ -66,13 +71,37 @@ class Finetune(Supervised):
         return num_classes
 
     def prepare(self) -> None:
-        """A head of the right size, drop path, mixing, checkpointing and compilation."""
+        """A head of the right size, drop path, mixing, checkpointing and compilation; what is distilled.
+
+        Raises:
+            UserError, ValueError, OSError: `stage3.distill` cannot be loaded, or does not fit.
+        """
         options = self.settings.stage3
         if self.num_classes != self.student.num_classes or options.reset_head:
             self.student.reset_classifier(self.num_classes)
         self.paths = set_drop_path(self.student, options.drop_path)
         self.save_memory_and_time(self.student)
         self.mix = Mixup(options.mixup, options.cutmix) if options.mixup > 0 or options.cutmix > 0 else None
+        object.__setattr__(self, "master", None if options.distill is None else self.load_master(options.distill))
+
+    def load_master(self, folder: str) -> nn.Module:
+        """The model whose logits are learned, frozen. Raises UserError where its classes or images are others."""
+        size, train = self.student.patch_embed.img_size, self.infos["train"]
+        master, config = models.load(folder, size), models.read_config(folder)
+        if getattr(master, "num_classes", None) != self.num_classes:
+            what = f"has {getattr(master, 'num_classes', 'no')} classes, the student's head {self.num_classes}"
+            raise UserError(f"stage3.distill {folder}: {what}; give an export of stage 3 on the same classes")
+        if train.classes and config.get("classes", train.classes) != train.classes:
+            raise UserError(f"stage3.distill {folder}: its classes are not those of data.train, or in another order")
+        for key in ("mean", "std"):
+            theirs, ours = config.get("input", {}).get(key), getattr(self.settings.data, key)
+            if None not in (theirs, ours) and theirs != ours:
+                raise UserError(f"stage3.distill {folder}: its input.{key} is {theirs}, data.{key} is {ours}")
+        return master.eval().requires_grad_(False)
+
+    def beside(self) -> list[nn.Module]:
+        """With what is distilled."""
+        return [*super().beside(), *([] if self.master is None else [self.master])]
 
     def score(self, values: dict[str, float]) -> float:
         """Top-1."""
@@ -96,7 +125,20 @@ class Finetune(Supervised):
         if self.mix is not None:  # cross-entropy is linear in the target: this is that with the mixed one
             other = F.cross_entropy(logits, label[partner], reduction="none", label_smoothing=smoothing)
             loss = share * loss + (1 - share) * other
-        return {"loss": loss}
+        if self.master is None:
+            return {"loss": loss}
+        with torch.no_grad():
+            target = self.master(outputs.image).float()
+        weight, temperature = self.settings.stage3.distill_weight, self.settings.stage3.distill_temperature
+        distillation = distilled(logits, target, temperature)
+        parts = {"cross_entropy": loss, "distillation": distillation}
+        return {"loss": (1 - weight) * loss + weight * distillation} | parts
+
+
+def distilled(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(target / T), softmax(logits / T)): [B, C] twice -> [B]; arXiv 1503.02531, section 2."""
+    pair = ((x / temperature).log_softmax(-1) for x in (logits, target))
+    return temperature**2 * F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
 
 
 def set_drop_path(vit: ViT, rate: float) -> dict[int, DropPath]:

@@ -33,6 +33,8 @@ class Segmentation:
 
     def resolve(self, settings: Any) -> None:
         """Raises ValueError when the settings do not fit together."""
+        if given := settings.stage3.distill:
+            raise ValueError(f"stage3.distill {given}: is for labels of whole images; leave it out in segmentation")
         for name in ("mixup", "cutmix", "label_smoothing"):
             if value := getattr(settings.stage3, name):
                 raise ValueError(

@@ -1,0 +1,168 @@
+"""Every operator, addition, hybrid and loss on the embedded default, at equal budgets: `make bench-recipes`.
+
+For each seed stages 1 and 2 on the budget of the recipe `adala`, which is the first row; each other row changes what
+its name says. Recipes that differ in stage 2 alone share stage 1. Judged at the last step, on images that chose
+nothing. A run that is done is only read, so the same command goes on where it was interrupted, and makes what is new.
+"""
+
+import argparse
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.common import ROOT, markdown, run_stage
+from models import ADDITIONS, OPERATORS
+
+STRONG = {"operator": "focused"}  # a sharper operator, to which additions, hybrids and losses are tried as well
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a row changes, as options of the program."""
+
+    kind: str
+    student: tuple[str, ...] = ()  # of both stages
+    stage1: tuple[str, ...] = ()
+    stage2: tuple[str, ...] = ()
+
+
+def options(group: str, **given: object) -> tuple[str, ...]:
+    """("--student.operator", "focused") and so on."""
+    return tuple(word for name, value in given.items() for word in (f"--{group}.{name}", _text(value)))
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def recipes() -> dict[str, Recipe]:
+    """Name of a row -> what it changes."""
+    found = {"elu1": Recipe("operator")}
+    found |= {name: Recipe("operator", options("student", operator=name)) for name in OPERATORS if name != "elu1"}
+    for power in (2, 3, 4, 8):
+        given = options("student", **STRONG, operator_kwargs={"power": power})
+        found[f"focused, power {power}"] = Recipe("operator", given)
+    for base in ({}, STRONG):
+        name = base.get("operator", "elu1")
+        for addition in ADDITIONS:
+            found[f"{name} + {addition}"] = Recipe("addition", options("student", **base, additions=[addition]))
+        for keep in ([0], [2], [4], "auto:1", "auto:2"):
+            words = f"{name}, softmax in {keep if isinstance(keep, str) else keep[0]}"
+            found[words] = Recipe("hybrid", options("student", **base, keep_softmax=keep))
+        student = options("student", **base)
+        found[f"{name}, stage 1 on heads"] = Recipe("loss", student, stage1=options("stage1", match="heads"))
+        for words, given in LOSSES.items():
+            found[f"{name}, {words}"] = Recipe("loss", student, stage2=options("stage2", **given))
+        for factor in (0.3, 3):
+            rate = options("train", lr_attention=factor)
+            found[f"{name}, attention at {factor} x lr"] = Recipe("rate", student, stage2=rate)
+    for factor in (3, 10):
+        rate = options("train", lr_new=factor)
+        found[f"hedgehog, new at {factor} x lr"] = Recipe("rate", options("student", operator="hedgehog"), rate, rate)
+    return found
+
+
+LOSSES = {
+    "cosine + smooth L1": {"loss": "cosine_smooth_l1"},
+    "standardised": {"standardise": True},
+    "standardised cosine + smooth L1": {"standardise": True, "loss": "cosine_smooth_l1"},
+    "blocks 1 and 3 too": {"blocks": [1, 3]},
+    "attention kept on, 50": {"attention_weight": 50},
+}
+
+
+class Runs:
+    """The runs of one budget in a folder, `seed0/NAME/stage1` and so on."""
+
+    def __init__(self, out: Path, budget: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+        """`budget`: options of stages 1 and 2."""
+        self.out, self.budget = out, budget
+
+    def stage(self, seed: int, name: str, stage: int, given: tuple[str, ...]) -> dict | None:
+        """The last validation line of a stage, done now or before; None where it failed."""
+        folder = self.out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "_")
+        asked = ["--config", "adala", "--train.seed", str(seed), "--train.eval_first", "false"]
+        asked += [*self.budget[stage - 1], *given]
+        kept, result = folder / f"stage{stage}.json", folder / f"stage{stage}/export/config.json"
+        if result.is_file() and kept.is_file() and json.loads(kept.read_text()) == asked:
+            lines = map(json.loads, (folder / f"stage{stage}/metrics.jsonl").read_text().splitlines())
+            return [line for line in lines if line["split"] == "val"][-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(asked))
+        try:
+            return run_stage(folder, stage, asked, threads=1)[-1]
+        except SystemExit as error:  # the others go on
+            print(error, flush=True)
+            return None
+
+    def export(self, seed: int, name: str, stage: int) -> str:
+        """Where a stage's export lies."""
+        return str(self.out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "_") / f"stage{stage}/export")
+
+
+def main() -> None:
+    """Run what is asked for and not done yet, then print the table."""
+    table = recipes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some rows; a word stands for all that begin with it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("S1", "S2"), help="another budget than the recipe's")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-recipes")
+    parser.add_argument("--names", action="store_true", help="print the names of all rows, and end")
+    args = parser.parse_args()
+    if args.names:
+        print("\n".join(table))
+        return
+    if args.only:
+        unknown = [word for word in args.only if not any(name.startswith(word) for name in table)]
+        if unknown:
+            parser.error(f"--only {unknown[0]}: no row begins so; --names prints them")
+        table = {name: row for name, row in table.items() if name == "elu1" or name.startswith(tuple(args.only))}
+    steps = args.steps
+    budget = tuple(("--train.steps", str(n)) for n in steps) if steps else ((), ())
+    runs = Runs((args.out / ("-".join(map(str, steps)) if steps else "recipe")).resolve(), budget)
+    # Recipes with one stage 1 share it: the first by name has it.
+    first: dict[tuple, str] = {}
+    for name, row in table.items():
+        first.setdefault((row.student, row.stage1), name)
+
+    def one(job: tuple[int, str]) -> dict | None:
+        seed, name = job
+        return runs.stage(seed, name, 1, table[name].student + table[name].stage1)
+
+    def two(job: tuple[int, str]) -> dict | None:
+        seed, name = job
+        row = table[name]
+        owner = first[row.student, row.stage1]
+        if after_1[seed, owner] is None:
+            return None
+        parent = ("--student.parent", runs.export(seed, owner, 1))
+        return runs.stage(seed, name, 2, row.student + row.stage2 + parent)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [(seed, name) for name in first.values() for seed in args.seeds]
+        after_1 = dict(zip(jobs, pool.map(one, jobs), strict=True))
+        jobs = [(seed, name) for name in table for seed in args.seeds]
+        after_2 = dict(zip(jobs, pool.map(two, jobs), strict=True))
+    teacher = next((line["teacher_top1"] for line in after_2.values() if line), None)
+    rows = [["softmax teacher", "", "", "", "" if teacher is None else f"{teacher:.2f}", "", "100.0 %", "1.000"]]
+    for name, row in table.items():
+        owner = first[row.student, row.stage1]
+        lines = [(after_1[seed, owner], after_2[seed, name]) for seed in args.seeds]
+        if any(None in pair for pair in lines):
+            rows.append([name, row.kind, *["failed"] * 6])
+            continue
+        top, cosine = ([mean(pair[i][key] for pair in lines) for i in (0, 1)] for key in ("top1", "feature_cosine"))
+        each = ", ".join(f"{pair[1]['top1']:.2f}" for pair in lines)
+        rows.append([name, row.kind, f"{top[0]:.2f}", f"{cosine[0]:.3f}", f"{top[1]:.2f}", each,
+                     f"{top[1] / teacher:.1%}", f"{cosine[1]:.3f}"])  # fmt: skip
+    head = ["student", "kind", "top-1 after stage 1", "feature cosine", "after stages 1 + 2", "a seed"]
+    head += ["of the teacher", "feature cosine"]
+    print(markdown(head, rows))
+
+
+if __name__ == "__main__":
+    main()
