@@ -44,13 +44,7 @@ def inspect_data(settings: Settings) -> Infos:
         raise UserError("data.train: which images to train on is missing; give a file with --data.train FILE.beton, "
                         "which python -m data.write FOLDER FILE.beton makes")  # fmt: skip
     given = {"train": settings.data.train, "val": settings.data.val}
-    infos = {split: data.inspect(data.resolve(spec, split)) for split, spec in given.items() if spec}
-    found = infos["train"]
-    if settings.stage in ("1", "2", "3") and found.num_samples < settings.train.batch_size:
-        raise UserError(
-            f"train.batch_size {settings.train.batch_size}: {found.path} has only {found.num_samples} images"
-        )
-    return infos
+    return {split: data.inspect(data.resolve(spec, split)) for split, spec in given.items() if spec}
 
 
 def build(settings: Settings, me: World) -> Job:
