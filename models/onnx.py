@@ -1,4 +1,4 @@
-"""A model out of PyTorch: `python -m models.onnx EXPORT OUT.onnx`, a saved `torch.export` program or an AOTInductor package.
+"""A model out of PyTorch, `python -m models.onnx EXPORT OUT.onnx`: ONNX, a saved program or an AOTInductor package.
 
 What is written was run and agrees with the model; what does not agree is not written. Linear attention is matrix
 products and element-wise functions alone, so an engine has no fused attention kernel to choose, or to get wrong.
@@ -40,214 +40,26 @@ TOLERANCE = 1e-4
 TOLERANCE_HALF = 2e-2
 
 # Operators of ONNX that TensorRT 10 documents (onnx-tensorrt, docs/operators.md, 10.0). It has no cubic Resize.
-TENSORRT = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Add",
-        "And",
-        "ArgMax",
-        "ArgMin",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atanh",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "CastLike",
-        "Ceil",
-        "Celu",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Conv",
-        "ConvTranspose",
-        "Cos",
-        "Cosh",
-        "CumSum",
-        "DeformConv",
-        "DepthToSpace",
-        "DequantizeLinear",
-        "Div",
-        "Dropout",
-        "Einsum",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "EyeLike",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "GlobalAveragePool",
-        "GlobalLpPool",
-        "GlobalMaxPool",
-        "Greater",
-        "GreaterOrEqual",
-        "GridSample",
-        "GroupNormalization",
-        "GRU",
-        "HardSigmoid",
-        "HardSwish",
-        "Hardmax",
-        "Identity",
-        "If",
-        "InstanceNormalization",
-        "IsInf",
-        "IsNaN",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "LogSoftmax",
-        "Loop",
-        "LRN",
-        "LSTM",
-        "LpNormalization",
-        "LpPool",
-        "MatMul",
-        "Max",
-        "MaxPool",
-        "Mean",
-        "MeanVarianceNormalization",
-        "Min",
-        "Mish",
-        "Mod",
-        "Mul",
-        "Neg",
-        "NonMaxSuppression",
-        "NonZero",
-        "Not",
-        "OneHot",
-        "Or",
-        "Pad",
-        "Pow",
-        "PRelu",
-        "QuantizeLinear",
-        "Range",
-        "Reciprocal",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "ReverseSequence",
-        "RNN",
-        "RoiAlign",
-        "Round",
-        "Scan",
-        "ScatterElements",
-        "ScatterND",
-        "Selu",
-        "Shape",
-        "Shrink",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-        "Size",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Softsign",
-        "SpaceToDepth",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tan",
-        "Tanh",
-        "ThresholdedRelu",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Upsample",
-        "Where",
-        "Xor",
-    ]
-)
+TENSORRT = """
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil Celu Clip
+Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace DequantizeLinear Div
+Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm
+GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization GRU HardSigmoid
+HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg
+NonMaxSuppression NonZero Not OneHot Or Pad Pow PRelu QuantizeLinear Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum
+ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize
+ReverseSequence RNN RoiAlign Round Scan ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice
+Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu
+Unsqueeze Upsample Where Xor
+"""
 # Those that onnxruntime's CoreML provider documents for ML programs (coreml_supported_mlprogram_ops.md).
-COREML = frozenset(
-    [
-        "Add",
-        "ArgMax",
-        "AveragePool",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Constant",
-        "Conv",
-        "ConvTranspose",
-        "Cos",
-        "DepthToSpace",
-        "Div",
-        "Elu",
-        "Erf",
-        "Exp",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "GridSample",
-        "GroupNormalization",
-        "HardSigmoid",
-        "Identity",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LeakyRelu",
-        "MatMul",
-        "Max",
-        "MaxPool",
-        "Mul",
-        "Pow",
-        "PRelu",
-        "Range",
-        "Reciprocal",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "Round",
-        "Shape",
-        "Sigmoid",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tanh",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    ]
-)
+COREML = """
+Add ArgMax AveragePool Cast Ceil Clip Concat Constant Conv ConvTranspose Cos DepthToSpace Div Elu Erf Exp GatherND
+Gelu Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization HardSigmoid Identity InstanceNormalization
+LayerNormalization LeakyRelu MatMul Max MaxPool Mul Pow PRelu Range Reciprocal ReduceMax ReduceMean ReduceSum Relu
+Reshape Resize Round Shape Sigmoid Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze
+"""
 
 
 @dataclass
@@ -309,7 +121,7 @@ def export(
     deployed = Deployed(_halved(reference) if half else reference, torch.float16 if half else torch.float32)
     metadata = {key: json.dumps(value) for key, value in _metadata(model, size).items()}
 
-    # What is traced differs in every dimension from what is special: one image, a square, the size that it is built for.
+    # What is traced is nothing special in a dimension that varies: one image, a square, the size that it is built for.
     sample = (2 if "batch" in dynamic else batch_size, 3, size[0], size[1] + patch[1] * ("size" in dynamic))
     shapes = [(batch_size, 3, *size)]
     if "batch" in dynamic:
@@ -390,7 +202,7 @@ def _let_size_vary(model: nn.Module) -> None:
     vit = backbone_of(model)
     grids = [module for module in vit.modules() if isinstance(module, LinearAttention) and module.needs_grid]
     if grids:
-        raise ValueError("dynamic size: an operator or addition of this model lays its patches out in rows and columns, "
+        raise ValueError("dynamic size: an operator or addition of this model lays patches out in rows and columns, "
                          "which an export fixes; export a file per image size")  # fmt: skip
     if hasattr(vit, "patch_embed"):
         try:
@@ -416,9 +228,7 @@ def _traced(model: nn.Module, shape: tuple[int, ...], dynamic: Collection[str]) 
     except Exception as error:
         if not dynamic:
             raise ValueError(f"torch.export cannot trace this model ({one_line(error)})") from error
-        said = (
-            f"dynamic {','.join(dynamic)}: this model cannot be exported so; leave it out and export a file per shape"
-        )
+        said = f"dynamic {','.join(dynamic)}: this model cannot be exported so; export a file per shape"
         raise ValueError(f"{said} ({one_line(error)})") from error
 
 
@@ -515,9 +325,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def undocumented(operators: Collection[str], engine: Collection[str]) -> list[str]:
+def undocumented(operators: Collection[str], engine: str) -> list[str]:
     """Those of `operators` that are not in the list of an engine, such as `TENSORRT`."""
-    return sorted(set(operators) - set(engine))
+    return sorted(set(operators) - set(engine.split()))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -578,8 +388,8 @@ def _model(source: str, size: tuple[int, int] | None, untrained: bool) -> nn.Mod
             try:
                 return build_backbone(source, pretrained=not untrained, image_size=size)
             except ValueError as error:
-                raise ValueError(str(error).replace("download them elsewhere and give the file with --teacher.weights FILE",
-                                                    "--untrained exports random weights")) from error  # fmt: skip
+                said = str(error).partition("; download them elsewhere")[0]
+                raise ValueError(f"{said}; --untrained exports random weights" if "hub" in said else said) from error
     if not source.startswith("hf-hub:") and not Path(source).exists():
         raise ValueError(f"{source}: no folder of an export, and no name of timm's")
     if untrained:
@@ -599,7 +409,7 @@ def _tell(done: Exported, format: str) -> None:
         return
     for engine, documented in (("TensorRT", TENSORRT), ("onnxruntime's CoreML provider", COREML)):
         beyond = undocumented(done.operators, documented)
-        print(f"{engine} documents {f'all but {', '.join(beyond)}' if beyond else 'all of them'}")
+        print(f"{engine} documents " + (f"all but {', '.join(beyond)}" if beyond else "all of them"))
 
 
 if __name__ == "__main__":
