@@ -172,9 +172,7 @@ def _check(out: Path, dynamic: Collection[str], format: str, batch_size: int) ->
         raise ValueError(f"{out}: a folder; name a file")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if format == "onnx" and missing:
-        raise ValueError(
-            f"ONNX needs {', '.join(missing)}: pip install 'unsoftmax[onnx]', or pip install {' '.join(missing)}"
-        )
+        raise ValueError(f"format onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _built_for(vit: nn.Module) -> tuple[int, int]:
@@ -401,9 +399,7 @@ def _tell(done: Exported, format: str) -> None:
     by = "onnxruntime" if format == "onnx" else "torch"
     shapes = ", ".join("x".join(map(str, shape)) for shape in done.checked)
     print(f"wrote {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)")
-    print(
-        f"checked: run by {by} it differs from the model by {done.difference:.1e}, allowed {done.allowed:.1e} ({shapes})"
-    )
+    print(f"checked by {by}: differs from the model by {done.difference:.1e}, allowed {done.allowed:.1e} ({shapes})")
     print("operators: " + ", ".join(f"{name} {count}" for name, count in sorted(done.operators.items())))
     if format != "onnx":
         return
