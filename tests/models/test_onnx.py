@@ -161,14 +161,14 @@ def test_mistakes_are_one_line(tmp_path, capsys):
             status = end.code
         told = capsys.readouterr()
         assert status == 2 and told.out == "" and said in told.err and told.err.count("\n") == 1, (arguments, told.err)
-    with pytest.raises(ValueError, match="dynamic size: .* rows and columns"):
+    with pytest.raises(ValueError, match=r"dynamic size: .* rows and columns"):
         export(linearize(tiny(), "mhla"), tmp_path / "a.onnx", dynamic=["size"])
     assert os.listdir(tmp_path) == ["export"]
 
 
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr("models.onnx.TOLERANCE", -1.0)
-    with pytest.raises(ValueError, match="differs from the model by .* nothing was written"):
+    with pytest.raises(ValueError, match=r"differs from the model by .* nothing was written"):
         export(linearize(tiny()), tmp_path / "vit.pt2", format="program")
     assert os.listdir(tmp_path) == []
 
