@@ -49,7 +49,7 @@ def recipes() -> dict[str, Recipe]:
         name = base.get("operator", "elu1")
         for addition in ADDITIONS:
             found[f"{name} + {addition}"] = Recipe("addition", options("student", **base, additions=[addition]))
-        for keep in ([0], [2], [4], "auto:1", "auto:2"):
+        for keep in (*([i] for i in range(5)), "auto:1", "auto:2"):
             words = f"{name}, softmax in {keep if isinstance(keep, str) else keep[0]}"
             found[words] = Recipe("hybrid", options("student", **base, keep_softmax=keep))
         student = options("student", **base)
