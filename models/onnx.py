@@ -118,7 +118,7 @@ def export(
     patch = getattr(getattr(vit, "patch_embed", None), "patch_size", (32, 32))
     if "size" in dynamic:
         _let_size_vary(reference)
-    deployed = Deployed(_halved(reference) if half else reference, torch.float16 if half else torch.float32)
+    deployed = Deployed(_halved(reference) if half else reference, torch.float16 if half else torch.float32).eval()
     metadata = {key: json.dumps(value) for key, value in _metadata(model, size).items()}
 
     # What is traced is nothing special in a dimension that varies: one image, a square, the size that it is built for.
@@ -297,7 +297,12 @@ def _compare(
     worst = (0.0, 0.0)
     for shape in shapes:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        expected, got = reference(images), run(images)
+        expected = reference(images)
+        try:
+            got = run(images)
+        except Exception as error:
+            raise ValueError(f"{out}: does not take images {list(shape)} ({one_line(error)}); export a file per shape; "
+                             "nothing was written") from error  # fmt: skip
         if got.shape != expected.shape:
             raise ValueError(f"{out}: gives {list(got.shape)}, the model {list(expected.shape)}; nothing was written")
         difference = (got - expected).abs().max().item()
