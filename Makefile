@@ -9,7 +9,7 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
 .PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
-	bench-resolution bench-scaling bench-segmentation wheel clean
+	bench-recipes bench-foundation bench-resolution bench-scaling bench-segmentation wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ bench-order: setup  ## Measure the windowed order's reading and shuffling agains
 
 bench-probe: setup  ## Compare the probes with scikit-learn's, and measure their memory
 	$(PYTHON_VENV) -m benchmarks.probe $(ARGS)
+
+bench-recipes: setup  ## Compare every operator, addition, hybrid and loss on the embedded default (hours; ARGS=--help)
+	$(PYTHON_VENV) -m benchmarks.recipes $(ARGS)
+
+bench-foundation: setup  ## Convert a real foundation model and evaluate it (ARGS="--teacher FILE --photos FOLDER --eval FOLDER")
+	$(PYTHON_VENV) -m benchmarks.foundation $(ARGS)
 
 bench-resolution: setup  ## Measure time, memory and FLOPs of softmax and linear attention from 224 to 2048 pixels
 	$(PYTHON_VENV) -m benchmarks.resolution $(ARGS)
