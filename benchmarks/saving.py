@@ -18,9 +18,10 @@ import timm
 import torch
 
 from benchmarks.common import markdown
-from trainer.engine import engine as ds
 from trainer.engine.checkpoint import Checkpoints
+from trainer.engine.engine import build_engine
 from trainer.engine.optim import AdamW
+from trainer.ranks.world import join, this_process
 
 BATCH, STEPS = 2, 6  # images a step; steps after each save
 
@@ -32,8 +33,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     options = parser.parse_args()
-    me = ds.world()
-    ds.join(me)
+    me = this_process()
+    join(me)
     vit = timm.create_model(options.model, num_classes=1000)
     config = {
         "train_batch_size": BATCH,
@@ -41,7 +42,7 @@ def main() -> None:
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
     }
-    engine = ds.build_engine(vit, AdamW([{"params": list(vit.parameters())}]), config)
+    engine = build_engine(vit, AdamW([{"params": list(vit.parameters())}]), config)
     images = torch.randn(BATCH, *vit.pretrained_cfg["input_size"], dtype=torch.bfloat16, device=me.device)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     checkpoints = Checkpoints(folder / "ours", 2)

@@ -26,11 +26,12 @@ from data import train_loader
 from data.write import write
 from models import linearize
 from trainer.config import parse
-from trainer.engine import engine as ds
-from trainer.engine.engine import DeepSpeedZeroConfig, deepspeed_config
+from trainer.engine.engine import DeepSpeedZeroConfig, build_engine, deepspeed_config
 from trainer.engine.optim import build_optimizer
+from trainer.ranks.world import end, join, leave, this_process
 from trainer.setup.dry_run import GIB, measure, memory_bytes
-from trainer.stages import STAGES, Stage
+from trainer.stages.base import Stage
+from trainer.stages.feature_alignment.stage import FeatureAlignment
 
 # name -> (timm's name, image sizes that its patches divide, nearest to 512 and 1024 pixels)
 TEACHERS = {
@@ -65,7 +66,7 @@ def stage_of(name: str, size: int, device: str, *options: str) -> Stage:
     torch.manual_seed(0)
     with torch.device(device):
         teacher = timm.create_model(name, img_size=size, num_classes=0)
-        return STAGES["2"](settings, linearize(teacher), teacher)
+        return FeatureAlignment(settings, linearize(teacher), teacher, 0, {})
 
 
 def model_of(name: str, size: int) -> Model:
@@ -263,8 +264,8 @@ def rank_of(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    me = ds.world()
-    ds.join(me)
+    me = this_process()
+    join(me)
     argv = ["--deepspeed", str(ROOT / f"ds_configs/zero{zero}.json"), "--train.batch_size", str(2 * micro)]
     argv += ["--train.grad_checkpointing", str(checkpointing).lower()]
     tiny = stage_of("vit_tiny_patch16_224", 32, "cpu")  # what libraries keep once they have run is not the model's
@@ -275,7 +276,9 @@ def rank_of(
     config = deepspeed_config(stage.settings, 2)
     trained, frozen, teacher = sizes_of(stage)
     _, activations = measure(stage, size, micro, torch.bfloat16)
-    engine = ds.build_engine(stage, build_optimizer(stage.student, stage.settings, False, False), config)
+    engine = build_engine(
+        stage, build_optimizer(stage.parameter_groups(), stage.settings.train, None, False, False), config
+    )
     stage.teacher.to(torch.bfloat16)
     peak.restart()
     image = torch.randn(micro, 3, size, size, dtype=torch.bfloat16)
@@ -288,8 +291,8 @@ def rank_of(
         known = DeepSpeedZeroConfig(**config["zero_optimization"] | {"reduce_bucket_size": min(trained, 500_000_000)})
         estimated = memory_bytes(trained, frozen, teacher, known, 2, True, False, activations, 1)
         Path(answer).write_text(f"{estimated} {taken}")
-    ds.leave()
-    ds.end(0)
+    leave()
+    end(0)
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from trainer.engine import engine as ds
 from trainer.engine.checkpoint import Checkpoints
+from trainer.engine.engine import build_engine
 from trainer.engine.optim import AdamW
 from trainer.engine.shards import Shards
+from trainer.ranks.world import join, this_process
 
 TRIES = [(2, 1), (1, 3), (4, 2), (2, 3), (4, 1), (1, 2)]  # (ranks, ZeRO stage)
 BATCH = 8
@@ -40,8 +41,8 @@ class Net(nn.Module):
 
 def run_rank(zero: int, source: Path | None, target: Path) -> None:
     """Train three steps, or load from `source`; save to `target`; then check that training can go on."""
-    me = ds.world()
-    ds.join(me)
+    me = this_process()
+    join(me)
     torch.manual_seed(0)
     net = Net()
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -54,7 +55,7 @@ def run_rank(zero: int, source: Path | None, target: Path) -> None:
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
     }
-    engine = ds.build_engine(net, AdamW(groups, 0.9, lr=1e-2), config)
+    engine = build_engine(net, AdamW(groups, 0.9, lr=1e-2), config)
 
     def step() -> None:
         engine.backward(engine(torch.randn(BATCH // me.size, 7).bfloat16()))
