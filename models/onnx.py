@@ -185,7 +185,7 @@ def _has_classes(model: nn.Module) -> bool:
 
 
 def _metadata(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    described = getattr(model, "pretrained_cfg", None) or {}
+    described = getattr(model, "pretrained_cfg", None) or backbone_of(model).pretrained_cfg
     known = resolve_data_config(pretrained_cfg=described)
     said = {key: known[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     said |= {"image_size": size, "layout": "RGB, [batch, 3, height, width], (pixel / 255 - mean) / std"}

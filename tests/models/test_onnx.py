@@ -41,7 +41,8 @@ class Each(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         vit = tiny()
-        self.num_classes, self.vits = vit.num_classes, nn.ModuleList(linearize(vit, name) for name in OPERATORS)
+        self.num_classes, self.pretrained_cfg = vit.num_classes, vit.pretrained_cfg
+        self.vits = nn.ModuleList(linearize(vit, name) for name in OPERATORS)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([vit(images) for vit in self.vits], 1)
