@@ -8,6 +8,7 @@ nothing. A run that is done is only read, so the same command goes on where it w
 import argparse
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,11 @@ LOSSES = {
 }
 
 
+def slug(name: str) -> str:
+    """A row's name as that of a folder."""
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
 class Runs:
     """The runs of one budget in a folder, `seed0/NAME/stage1` and so on."""
 
@@ -83,7 +89,7 @@ class Runs:
 
     def stage(self, seed: int, name: str, stage: int, given: tuple[str, ...]) -> dict | None:
         """The last validation line of a stage, done now or before; None where it failed."""
-        folder = self.out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "_")
+        folder = self.out / f"seed{seed}" / slug(name)
         asked = ["--config", "adala", "--train.seed", str(seed), "--train.eval_first", "false"]
         asked += [*self.budget[stage - 1], *given]
         kept, result = folder / f"stage{stage}.json", folder / f"stage{stage}/export/config.json"
@@ -100,7 +106,7 @@ class Runs:
 
     def export(self, seed: int, name: str, stage: int) -> str:
         """Where a stage's export lies."""
-        return str(self.out / f"seed{seed}" / name.replace(", ", "-").replace(" ", "_") / f"stage{stage}/export")
+        return str(self.out / f"seed{seed}" / slug(name) / f"stage{stage}/export")
 
 
 def main() -> None:

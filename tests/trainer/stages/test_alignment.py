@@ -108,6 +108,7 @@ def test_standardised_targets_are_the_runs(small: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[f"{name}.deviation"], tokens.std(0), rtol=1e-3, atol=1e-4)
     assert set(load_file(done.folder / "export/model.safetensors")) == set(load_file(small / "teacher.safetensors"))
     plain = run_trainer(small, tmp_path / "plain", 2, "--train.steps", "1")
+    assert plain.code == 0, plain.err
     assert plain.lines("val")[0]["loss"] != pytest.approx(done.lines("val")[0]["loss"], rel=0.05)
     assert plain.lines("val")[0]["feature_cosine"] == pytest.approx(done.lines("val")[0]["feature_cosine"], rel=1e-3)
     before = file.read_bytes()
