@@ -141,7 +141,7 @@ def test_a_dry_run_counts_every_head(small: Path, masked: list[str], tmp_path: P
         (["--segmentation.head", "lineer"], "segmentation.head 'lineer': unknown; choose one of linear, upernet"),
         (["--segmentation.kwargs", '{"block": 2}'], "segmentation.kwargs {'block': 2}: the head linear cannot"),
         (["--segmentation.kwargs", '{"blocks": 9}'], "the head reads 9 blocks, the model has 2"),
-        (["--segmentation.stride", "0"], "segmentation.stride 0.0: must be above 0"),
+        (["--segmentation.stride", "0"], "segmentation.stride 0: must be a number above 0"),
         (["--segmentation.beside", "{small}/nowhere"], "nowhere: no export there"),
         (["--task", "depth"], "task"),
     ],
