@@ -18,6 +18,7 @@ from trainer.engine.engine import DeepSpeedEngine, set_working_copy
 from trainer.engine.optim import scaled
 from trainer.engine.shards import WEIGHT, Shards
 from trainer.ranks.world import dist
+from trainer.stages.classes import num_classes
 
 Batch = dict[str, Tensor]
 Infos = Mapping[str, data.Info]  # what data.train and data.val hold, by "train" and "val"
@@ -127,7 +128,7 @@ class Stage(nn.Module):
         info, head = self.infos.get("val"), self.num_classes
         if info is None or not info.has_labels or head <= 1:
             return None
-        classes = len(info.classes) if info.classes else info.max_label + 1
+        classes = num_classes(info)
         if classes == head or (classes < head and not info.classes):  # without names some may just not occur
             return None
         return f"data.val {info.path} has {classes} classes, the teacher's head {head}: top1 and top5 are left out"

@@ -12,7 +12,7 @@ import models
 from models import ViT
 from trainer.config import Settings, UserError
 from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage
-from trainer.stages.classes import check_same_classes
+from trainer.stages.classes import check_same_classes, num_classes
 from trainer.stages.keyed import DropPath, Mixup, draw_paths
 
 
@@ -65,10 +65,10 @@ class Finetune(Supervised):
     def head_classes(cls, settings: Settings, infos: Infos, student: nn.Module) -> int:
         """`stage3.num_classes`, else those of the training data; checks that all labels are among them."""
         train = infos["train"]
-        num_classes = settings.stage3.num_classes or (len(train.classes) if train.classes else train.max_label + 1)
+        head = settings.stage3.num_classes or num_classes(train)
         for split, info in infos.items():
-            check_labels(split, info, num_classes)
-        return num_classes
+            check_labels(split, info, head)
+        return head
 
     def prepare(self) -> None:
         """A head of the right size, drop path, mixing, checkpointing and compilation; what is distilled.
