@@ -215,7 +215,7 @@ def fit(
             raise ValueError(f"{file.path}: has no ViT under teacher.weights_key {key!r}; {_found(file, places)}")
         places = chosen
     if not places and not any(re.match(r"(blocks\.\d+|cls_token|norm|pos_embed)\b", name) for name in file.tensors):
-        raise ValueError(f"{file.path}: {_found(file, places)}")
+        raise ValueError(f"{file.path}: {_found(file, places)}; use a file that holds the weights of a ViT")
     readings = [
         _best(_without(file, [p for p in _places(file) if p != at and p.startswith(at)]), at, shapes, num_classes, name)
         for at, name in (places or {"": None}).items()

@@ -195,7 +195,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "teacher_missing": (("--teacher.weights", "/nope.pth"), ("/nope.pth", "no such file")),
     "teacher_of_other_names": (
         ("--teacher.weights", "{bad}/other.safetensors"),
-        ("other.safetensors", "cls_token", "stem.weight", "teacher.kwargs")),
+        ("other.safetensors", "no patch embedding of a ViT", "stem.*", "use a file")),
     "teacher_of_other_size": (("--teacher.kwargs.embed_dim", "64"), ("teacher.safetensors", "cls_token (1, 1, 32)")),
     "teacher_text": (("--teacher.weights", "{bad}/text.safetensors"), ("text.safetensors", "cannot be read")),
     "teacher_text_pth": (("--teacher.weights", "{bad}/text.pth"), ("text.pth", "cannot be read")),
@@ -391,7 +391,9 @@ def test_no_space_left_for_the_export_or_the_settings(small: Path, disk: Path) -
     settings = parse(["--config", str(small / "recipe.yaml"), "--stage", "2", "--run", str(disk / "run")])
     folder = StageFolder(settings)
     with pytest.raises(UserError, match=r"export: cannot be written .*[Nn]o space left.*make room"):
-        folder.write_export({"weight": torch.zeros(1_000_000)}, {})
+        folder.write_export(
+            {"weight": torch.zeros(1_000_000)}, {"backbone": {"name": "vit_tiny_patch16_224", "kwargs": {}}}
+        )
     assert not folder.complete
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:
