@@ -113,7 +113,9 @@ def main() -> None:
     """Run what is asked for and not done yet, then print the table."""
     table = recipes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some rows; a word stands for all that begin with it")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="some rows; what is no row's name stands for all that begin so"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--steps", type=int, nargs=2, metavar=("S1", "S2"), help="another budget than the recipe's")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-recipes")
@@ -126,7 +128,10 @@ def main() -> None:
         unknown = [word for word in args.only if not any(name.startswith(word) for name in table)]
         if unknown:
             parser.error(f"--only {unknown[0]}: no row begins so; --names prints them")
-        table = {name: row for name, row in table.items() if name == "elu1" or name.startswith(tuple(args.only))}
+        names = {
+            name for word in args.only for name in table if name == word or word not in table and name.startswith(word)
+        }
+        table = {name: row for name, row in table.items() if name in {"elu1", *names}}
     steps = args.steps
     budget = tuple(("--train.steps", str(n)) for n in steps) if steps else ((), ())
     runs = Runs((args.out / ("-".join(map(str, steps)) if steps else "recipe")).resolve(), budget)
