@@ -129,7 +129,10 @@ def main() -> None:
         if unknown:
             parser.error(f"--only {unknown[0]}: no row begins so; --names prints them")
         names = {
-            name for word in args.only for name in table if name == word or word not in table and name.startswith(word)
+            name
+            for word in args.only
+            for name in table
+            if name == word or (word not in table and name.startswith(word))
         }
         table = {name: row for name, row in table.items() if name in {"elu1", *names}}
     steps = args.steps
