@@ -128,13 +128,10 @@ def main() -> None:
         unknown = [word for word in args.only if not any(name.startswith(word) for name in table)]
         if unknown:
             parser.error(f"--only {unknown[0]}: no row begins so; --names prints them")
-        names = {
-            name
-            for word in args.only
-            for name in table
-            if name == word or (word not in table and name.startswith(word))
-        }
-        table = {name: row for name, row in table.items() if name in {"elu1", *names}}
+        whole = [word for word in args.only if word in table]
+        starts = tuple(word for word in args.only if word not in table)
+        names = ["elu1", *whole, *(name for name in table if name.startswith(starts))]
+        table = {name: row for name, row in table.items() if name in names}
     steps = args.steps
     budget = tuple(("--train.steps", str(n)) for n in steps) if steps else ((), ())
     runs = Runs((args.out / ("-".join(map(str, steps)) if steps else "recipe")).resolve(), budget)
