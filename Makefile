@@ -20,8 +20,8 @@ setup:  ## Build .venv and install what is missing (every other target does it t
 demo: setup  ## Convert the embedded ViT through stages 1, 2, 3 and print one table (4 to 6 minutes on 2 cores)
 	$(PYTHON_VENV) -m benchmarks.demo $(ARGS)
 
-test: setup  ## Run the tests
-	$(PYTHON_VENV) -m pytest tests -q --durations=10 $(ARGS)
+test: setup  ## Run the tests, two files at a time
+	$(PYTHON_VENV) -m pytest tests -q --durations=20 -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: setup  ## Kill runs, fill disks, damage files: over 100 kills and 200 inputs (about 20 minutes on 2 cores)
 	$(PYTHON_VENV) -m tests.suites.faults $(ARGS)

@@ -22,7 +22,14 @@ from tests.support.zygote import Run, Zygote, free_port
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+# Files of many minutes start first, so that two processes end together.
+LONGEST = ("stages/test_stages", "ranks/test_signals", "engine/test_checkpoint", "setup/test_resolution")
 ARCHITECTURE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 4}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: not any(f"{name}.py" in item.nodeid for name in LONGEST))
 
 
 class Blobs:
