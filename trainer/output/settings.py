@@ -1,13 +1,14 @@
 """Settings of what a run reports to."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Tracking = list[Literal["wandb", "tensorboard"]]
 
 
 @dataclass
 class Wandb:
-    """Weights & Biases; offline unless WANDB_API_KEY is set."""
+    """Weights & Biases, where `tracking` names it; offline unless WANDB_API_KEY is set."""
 
-    enabled: bool = True
-    """Whether to log there."""
     project: str = "unsoftmax"
     """The project's name."""
