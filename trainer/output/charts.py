@@ -52,8 +52,8 @@ def by_block(values: Mapping[str, Any], name: str) -> dict[int, float]:
     return {int(k.removeprefix(start)): v for k, v in values.items() if k.startswith(start) and v is not None}
 
 
-def curves(axis: "Axes", title: str, found: Mapping[str, Curve], log: bool = False) -> None:
-    """A line per name: (steps, values). Values that are None leave a gap; few values are dots too."""
+def curves(axis: "Axes", title: str, found: Mapping[str, Curve], log: bool = False, x: str = "step") -> None:
+    """A line per name: (x, values). Values that are None leave a gap; few values are dots too."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for i, (name, (at, values)) in enumerate(found.items()):
@@ -70,7 +70,7 @@ def curves(axis: "Axes", title: str, found: Mapping[str, Curve], log: bool = Fal
     elif positive:
         axis.set_ylim(bottom=0)
     axis.set_title(title)
-    axis.set_xlabel("step")
+    axis.set_xlabel(x)
     axis.locator_params("x", nbins=5, integer=True)
 
 

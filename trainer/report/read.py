@@ -42,7 +42,7 @@ class StageRecord:
     @property
     def begun(self) -> bool:
         """Whether anything of it is there."""
-        return bool(self.settings or self.lines or self.export)
+        return any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl", "export", "checkpoints"))
 
     @cached_property
     def complete(self) -> bool:
@@ -162,7 +162,9 @@ class StageRecord:
     def _features(self) -> list[dict[str, Any]]:
         rows = self._json("pictures/features.json").get("rows")
         try:
-            return [row for row in rows or () if all(len(box) == 4 for box in row["tiles"].values()) and row["cosine"] < 2]
+            return [
+                row for row in rows or () if all(len(box) == 4 for box in row["tiles"].values()) and row["cosine"] < 2
+            ]
         except (KeyError, TypeError, AttributeError):
             self.problems.append(f"{self.path / 'pictures/features.json'}: damaged")
             return []
