@@ -64,7 +64,8 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         # What came after the step that a run goes on from is made again: TensorBoard then forgets the first.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step and step + 1)
+        purge = step and step + 1
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, filename_suffix=f".from-{step}")
 
     def log(self, line: dict[str, Any]) -> None:
         """A metrics line, at its own time."""
