@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Tracking = list[Literal["wandb", "tensorboard"]]
+TRACKERS = {"wandb": "trainer.output.trackers:Wandb", "tensorboard": "trainer.output.trackers:TensorBoard"}
+Tracking = list[Literal[tuple(TRACKERS)]]
 
 
 @dataclass

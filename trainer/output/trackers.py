@@ -1,4 +1,7 @@
-"""Where metrics and pictures go beside the run folder: wandb and TensorBoard."""
+"""Where metrics and pictures go beside the run folder: wandb and TensorBoard.
+
+A tracker has `log`, `picture`, `finish`, and `late`: what is lost where it does not finish in time.
+"""
 
 import os
 import queue
@@ -7,9 +10,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from trainer.config import Settings, as_dict
+from trainer.output.settings import TRACKERS
 
 FINISH = 20.0  # seconds that a tracker has at the end; what wandb could not send by then stays in its folder
 
@@ -86,14 +91,11 @@ class TensorBoard:
         self.writer.close()
 
 
-TRACKERS = {"wandb": Wandb, "tensorboard": TensorBoard}
-
-
 class Apart:
     """A tracker in a thread of its own: where it or its server fails or hangs, the run neither stops nor waits."""
 
     def __init__(self, name: str, folder: Path, settings: Settings, step: int) -> None:
-        self.name, self.kind = name, TRACKERS[name]
+        self.name, self.kind = name, resolve_name(TRACKERS[name])
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(folder, settings, step), name=name, daemon=True)
         self._thread.start()
