@@ -13,11 +13,12 @@ INK, MUTED, GRID, PAPER = "#1b1f24", "#66707b", "#dde1e6", "#fefefe"
 TEACHER, STUDENT, OTHER = "#8d96a0", "#1f6feb", "#d1652a"
 SERIES = (STUDENT, OTHER, "#2a9d6f", "#9a5bd0", "#b8860b", "#c2407a", "#4f7f8c", "#6b6f2a")
 STYLE = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titley": 1.0,
     "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.titlecolor": INK, "text.color": INK,
     "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID,
     "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "axes.spines.left": False, "ytick.left": False, "legend.frameon": False, "legend.fontsize": 8.5,
+    "legend.columnspacing": 1.2, "legend.handlelength": 1.2, "legend.labelspacing": 0.3,
     "axes.facecolor": PAPER, "figure.facecolor": PAPER, "axes.linewidth": 0.8, "text.parse_math": False,
 }  # fmt: skip
 SIZE = (4.1, 2.5)  # inches, of a chart
@@ -32,11 +33,21 @@ def figure(*charts: Draw, width: float = 1.0) -> "Figure":
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        whole = Figure(figsize=(SIZE[0] * width * len(charts), SIZE[1]), layout="constrained")
-        for axis, draw in zip(whole.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        whole = Figure(figsize=(SIZE[0] * width * len(charts), SIZE[1]))
+        axes, legend = whole.subplots(1, len(charts), squeeze=False)[0], 0.0
+        for axis, draw in zip(axes, charts, strict=True):
             draw(axis)
-            if axis.get_legend_handles_labels()[1]:
-                axis.legend()
+            names = axis.get_legend_handles_labels()[1]
+            if names:  # between title and chart, where nothing is drawn
+                columns = max(1, min(len(names), round(40 * width) // max(map(len, names))))
+                rows = -(-len(names) // columns)
+                axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns)
+                axis.set_title(axis.get_title(loc="left"), pad=7 + 13 * rows)
+                legend = max(legend, 0.18 * rows)
+        # Fixed margins in inches: to measure what is drawn takes longer than to draw it.
+        wide, high = whole.get_size_inches()
+        left, right, space = 0.66 / wide, 1 - 0.1 / wide, 0.85 / SIZE[0] / width
+        whole.subplots_adjust(left, 0.46 / high, right, 1 - (0.32 + legend) / high, wspace=space)
     return whole
 
 
@@ -52,8 +63,15 @@ def by_block(values: Mapping[str, Any], name: str) -> dict[int, float]:
     return {int(k.removeprefix(start)): v for k, v in values.items() if k.startswith(start) and v is not None}
 
 
-def curves(axis: "Axes", title: str, found: Mapping[str, Curve], log: bool = False, x: str = "step") -> None:
-    """A line per name: (x, values). Values that are None leave a gap; few values are dots too."""
+def curves(
+    axis: "Axes", title: str, found: Mapping[str, Curve], log: bool = False, x: str = "step", zero: bool = True
+) -> None:
+    """A line per name: (x, values). Values that are None leave a gap; few values are dots too.
+
+    Args:
+        log: where the values differ much, on a logarithmic axis.
+        zero: otherwise from 0 on.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for i, (name, (at, values)) in enumerate(found.items()):
@@ -67,7 +85,7 @@ def curves(axis: "Axes", title: str, found: Mapping[str, Curve], log: bool = Fal
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axis.yaxis.set_major_formatter("{x:g}")  # the usual one writes TeX
         axis.yaxis.set_minor_formatter(NullFormatter())
-    elif positive:
+    elif positive and zero:
         axis.set_ylim(bottom=0)
     axis.set_title(title)
     axis.set_xlabel(x)

@@ -82,7 +82,7 @@ def evaluations(run: RunRecord) -> list[Section]:
     if of_teacher:
         teacher = {
             "top1": number(of_teacher, "teacher_top1"),
-            "featurecosine": 1.0,
+            "feature_cosine": 1.0,
             "images": of_teacher.get("images"),
         }
         rows.append(_row("Teacher (softmax)", teacher, "teacher"))
@@ -106,7 +106,7 @@ def _row(name: str, line: Mapping[str, Any], kind: str) -> Section:
     interval = None
     if top1 is not None and isinstance(images, int) and images > 0:
         interval = wilson(min(images, round(top1 * images / 100)), images)
-    keys = ("top1", "top5", "featurecosine", "loss", "miou", "pixel_accuracy", "class_accuracy")
+    keys = ("top1", "top5", "feature_cosine", "loss", "miou", "pixel_accuracy", "class_accuracy")
     return {"name": name, "kind": kind, "images": images, "interval": interval, **{k: number(line, k) for k in keys}}
 
 
@@ -119,7 +119,7 @@ def results(run: RunRecord) -> Section | None:
     low = max(0.0, min((t[0] for t in tops), default=0.0) - 3) // 5 * 5
     for row in rows:
         row["bar"] = bar(row["top1"], row["interval"], low)
-    has = [k for k in ("top1", "top5", "featurecosine", "miou", "pixel_accuracy", "class_accuracy")
+    has = [k for k in ("top1", "top5", "feature_cosine", "miou", "pixel_accuracy", "class_accuracy")
            if any(row[k] is not None for row in rows)]  # fmt: skip
     counts = sorted({row["images"] for row in rows if row["images"]})
     datas = {s.get("data.val") for s in run.begun if s.last or s.first}
@@ -130,7 +130,7 @@ def results(run: RunRecord) -> Section | None:
     for key, name, form in (
         ("top1", "top-1", percent),
         ("miou", "mean IoU", percent),
-        ("featurecosine", "feature cosine", cosine),
+        ("feature_cosine", "feature cosine", cosine),
     ):
         if student["kind"] != "teacher" and student[key] is not None:
             who = "student" if student["kind"] == "student" else "not trained"
@@ -165,12 +165,12 @@ def training(run: RunRecord) -> list[Section]:
             _chart(run, stage, "Images per second", {"": curve_of(stage, "train", "images_per_second")}),
         ]
         scores = (
-            {"miou": "Mean IoU (%)"} if stage.segments else {"top1": "Top-1 (%)", "featurecosine": "Feature cosine"}
+            {"miou": "Mean IoU (%)"} if stage.segments else {"top1": "Top-1 (%)", "feature_cosine": "Feature cosine"}
         )
         for key, title in scores.items():
             curve = curve_of(stage, "val", key)
             if sum(value is not None for value in curve[1]) > 2:
-                pictures.append(_chart(run, stage, title, {"": curve}))
+                pictures.insert(1, _chart(run, stage, title, {"": curve}, zero=False))
         speeds = [v for v in (number(line, "images_per_second") for line in lines) if v is not None]
         waits = {
             k: [v for v in (number(line, k) for line in lines) if v is not None] for k in ("data_wait", "save_wait")
@@ -184,8 +184,8 @@ def training(run: RunRecord) -> list[Section]:
     return made
 
 
-def _chart(run: RunRecord, stage: StageRecord, title: str, found: Mapping[str, charts.Curve], log: bool = False) -> Any:
-    draw = partial(charts.curves, title=title, found=found, log=log)
+def _chart(run: RunRecord, stage: StageRecord, title: str, found: Mapping[str, charts.Curve], **how: bool) -> Any:
+    draw = partial(charts.curves, title=title, found=found, **how)
     return chart(f"{title} of stage {stage.stage}, run {run.name}", draw)
 
 

@@ -45,7 +45,8 @@ def run(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(Hostile(22, 1), folder / "val.beton", raw_share=1.0, progress=False)
     write(Hostile(96, 0), folder / "train.beton", raw_share=1.0, progress=False)
     files = ["--data.train", str(folder / "train.beton"), "--data.val", str(folder / "val.beton")]
-    run, one = folder / "<b>$run", ["--tracking", "[wandb, tensorboard]", "--student.keep_softmax", "auto:1"]
+    files += ["--student.keep_softmax", "auto:1"]
+    run, one = folder / "<b>$run", ["--tracking", "[wandb, tensorboard]"]
     two = ["--train.save_every", "3", "--train.keep", "9", "--train.eval_every", "2"]
     probe = ["--probe.modules", "[blocks.*.act, norm]", "--probe.solver", "ridge", "--probe.validation", "0.25"]
     for stage, options in ((1, one), (2, two), ("probe", probe)):
