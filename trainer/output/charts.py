@@ -39,7 +39,7 @@ def figure(*charts: Draw, width: float = 1.0) -> "Figure":
             draw(axis)
             names = axis.get_legend_handles_labels()[1]
             if names:  # between title and chart, where nothing is drawn
-                columns = max(1, min(len(names), round(40 * width) // max(map(len, names))))
+                columns = max(1, min(len(names), round(60 * width) // (4 + max(map(len, names)))))
                 rows = -(-len(names) // columns)
                 axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns)
                 axis.set_title(axis.get_title(loc="left"), pad=7 + 13 * rows)
@@ -78,11 +78,12 @@ def curves(
         y = _finite(values)
         dots = {"marker": "o", "markersize": 3.5} if len(y) < 12 else {}
         label = f" {name}" if len(found) > 1 else None  # a name that begins with _ would be left out
-        axis.plot(at, y, color=SERIES[i % len(SERIES)], linewidth=1.5, label=label, **dots)
+        colour = {"teacher": TEACHER, "student": STUDENT}.get(name, SERIES[i % len(SERIES)])
+        axis.plot(at, y, color=colour, linewidth=1.5, label=label, **dots)
     positive = [v for _, values in found.values() for v in values if v is not None and v > 0]
     if log and positive and max(positive) > 5 * min(positive):
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(positive) < 100 * min(positive) else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")  # the usual one writes TeX
         axis.yaxis.set_minor_formatter(NullFormatter())
     elif positive and zero:

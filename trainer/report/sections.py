@@ -136,7 +136,9 @@ def results(run: RunRecord) -> Section | None:
             who = "student" if student["kind"] == "student" else "not trained"
             cards.append({"value": form(student[key]), "name": f"{who}, {name}"})
     if teacher and teacher["top1"] and student["kind"] == "student" and student["top1"] is not None:
-        cards.append({"value": f"{student['top1'] / teacher['top1']:.1%}", "name": "of the teacher's top-1 kept"})
+        cards.append(
+            {"value": f"{100 * student['top1'] / teacher['top1']:.1f} %", "name": "of the teacher's top-1 kept"}
+        )
     return {"rows": rows, "has": has, "low": low, "images": counts, "several_data": len(datas) > 1, "cards": cards}
 
 
@@ -159,18 +161,13 @@ def training(run: RunRecord) -> list[Section]:
         found = {"training": curve_of(stage, "train", "loss")}
         if not stage.segments and len(stage.of_split("val")) > 1:
             found["evaluation"] = curve_of(stage, "val", "loss")
-        pictures = [
-            _chart(run, stage, "Loss", found, log=True),
-            _chart(run, stage, "Learning rate", {"": curve_of(stage, "train", "lr")}),
-            _chart(run, stage, "Images per second", {"": curve_of(stage, "train", "images_per_second")}),
-        ]
-        scores = (
-            {"miou": "Mean IoU (%)"} if stage.segments else {"top1": "Top-1 (%)", "feature_cosine": "Feature cosine"}
-        )
-        for key, title in scores.items():
-            curve = curve_of(stage, "val", key)
-            if sum(value is not None for value in curve[1]) > 2:
-                pictures.insert(1, _chart(run, stage, title, {"": curve}, zero=False))
+        pictures = [_chart(run, stage, "Loss", found, log=True)]
+        for key, title in (("miou", "Mean IoU (%)"), ("top1", "Top-1 (%)"), ("feature_cosine", "Feature cosine")):
+            scores = curve_of(stage, "val", key)
+            if sum(value is not None for value in scores[1]) > 2:
+                pictures.append(_chart(run, stage, title, {"": scores}, zero=False))
+        for key, title in (("lr", "Learning rate"), ("images_per_second", "Images per second")):
+            pictures.append(_chart(run, stage, title, {"": curve_of(stage, "train", key)}))
         speeds = [v for v in (number(line, "images_per_second") for line in lines) if v is not None]
         waits = {
             k: [v for v in (number(line, k) for line in lines) if v is not None] for k in ("data_wait", "save_wait")
@@ -204,7 +201,7 @@ def errors(run: RunRecord) -> Section | None:
     found = {
         "teacher-forced": charts.by_block(line, "error_teacher_forced"),
         "free-running": charts.by_block(line, "error_free_running"),
-        "free-running, after stage 2": charts.by_block(two.last, "error_free_running"),
+        "same, after stage 2": charts.by_block(two.last, "error_free_running"),
     }
     found = {name: values for name, values in found.items() if values}
     if not found:
