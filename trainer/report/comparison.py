@@ -38,7 +38,7 @@ def comparison(runs: Sequence[RunRecord]) -> Section:
             found = {name: curve_of(stage, split, key) for name, stage in stages.items() if stage.of_split(split)}
             if len(found) > 1:
                 draw = partial(charts.curves, title=f"{title}, stage {at}", found=found, log=log)
-                pictures.append(chart(f"{title} of stage {at}, all runs", draw, width=1.3))
+                pictures.append(chart(f"{title} of stage {at}, all runs", draw))
     return {
         "rows": rows,
         "differs": differs,

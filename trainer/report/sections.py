@@ -212,7 +212,7 @@ def errors(run: RunRecord) -> Section | None:
     if nats:
         pictures.append(chart(f"Entropy by block, {run.name}", partial(charts.entropy, found=nats), width=width))
     when = "after stage 1" if one.last and one.complete else f"at step {line.get('step')} of stage 1"
-    return {"charts": pictures, "entropy": bool(nats), "when": when if line else "after stage 2"}
+    return {"charts": pictures, "width": width, "entropy": bool(nats), "when": when if line else "after stage 2"}
 
 
 def ranking(run: RunRecord) -> Section | None:
@@ -223,7 +223,7 @@ def ranking(run: RunRecord) -> Section | None:
     width = charts.width_of(len(found["alone"]))
     both = (charts.damage_alone, charts.damage_in_order)
     pictures = [chart(f"{f.__name__}, {run.name}", partial(f, found=found), width=width) for f in both]
-    return {"charts": pictures, "softmax": ", ".join(map(str, found["softmax"]))}
+    return {"charts": pictures, "width": width, "softmax": ", ".join(map(str, found["softmax"]))}
 
 
 def features(run: RunRecord) -> Section | None:
