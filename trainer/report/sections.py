@@ -15,6 +15,7 @@ from trainer.output.intervals import wilson
 from trainer.report.draw import chart, png, tiles
 from trainer.report.read import RunRecord, StageRecord, number
 from trainer.report.words import Section, bar, cosine, pairs, percent, short
+from trainer.stages import STAGES
 
 SHOWN_CLASSES = 40  # above it the worst and the best are shown
 MODULES = ("ln1", "mha", "rc1", "ln2", "fc1", "act", "fc2", "rc2")  # of a block, in the order of the forward pass
@@ -471,7 +472,7 @@ def missing(run: RunRecord) -> list[Section]:
             lacks(f"Stage {stage.stage} has no evaluation: no --data.val, or it has not come so far.")
     if run.begun and not run.probe:
         lacks("There are no linear probes.", "--stage", "probe")
-    if run.begun and not run.evaluation:
+    if run.begun and not run.evaluation and "evaluate" in STAGES:
         lacks("There is no verdict: no speed by resolution, no k-NN.", "--stage", "evaluate")
     return found
 
