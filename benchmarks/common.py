@@ -30,8 +30,8 @@ def run_stage(folder: Path, stage: int, options: list[str], threads: int) -> lis
         str(stage),
         "--run",
         str(folder),
-        "--wandb.enabled",
-        "false",
+        "--tracking",
+        "[]",
         *options,
     ]
     folder.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ def main() -> None:
             options += ("--classes", str(classes))
             files[f"camvid-{split}"] = write(camvid / "images" / split, out / f"data/camvid-{split}.beton", *options)
 
-    common = ["--config", "own", "--teacher.name", name, "--teacher.weights", str(weights), "--wandb.enabled", "false"]
+    common = ["--config", "own", "--teacher.name", name, "--teacher.weights", str(weights), "--tracking", "[]"]
     common += ["--train.seed", str(args.seed), "--deepspeed", "ds_configs/zero1.json"]
     align = ["--data.train", str(files["photos"]), "--data.val", str(files["caltech101-val"])]
     align += ["--data.image_size", str(args.size), "--train.batch_size", str(args.batch)]

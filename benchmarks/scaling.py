@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
 def stage_of(name: str, size: int, device: str, *options: str) -> Stage:
     """Stage 2 from copied weights, random ones."""
-    settings = parse(["--stage", "2", "--wandb.enabled", "false", *options])
+    settings = parse(["--stage", "2", "--tracking", "[]", *options])
     torch.manual_seed(0)
     with torch.device(device):
         teacher = timm.create_model(name, img_size=size, num_classes=0)

@@ -4,7 +4,7 @@ Writing is `python -m data.write`, or `from data.write import write`.
 """
 
 from data import _ffcv  # before all that import FFCV
-from data.augment import lots
+from data.augment import balanced, lots
 from data.beton import DamagedError, Info, inspect
 from data.decode import IGNORE
 from data.loader import Loader, eval_loader, original_loader, train_loader
@@ -16,6 +16,7 @@ __all__ = [
     "DamagedError",
     "Info",
     "Loader",
+    "balanced",
     "choose_order",
     "epoch_order",
     "eval_loader",

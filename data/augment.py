@@ -55,6 +55,22 @@ def lots(count: int, seed: int) -> np.ndarray:
     return out
 
 
+def balanced(labels: np.ndarray, lots: np.ndarray) -> np.ndarray:
+    """The order in which images are drawn: one per class, then a second per class, and so on.
+
+    Args:
+        labels: int64 [n].
+        lots: float64 [n]; the lowest lot of a class is drawn first.
+
+    Returns:
+        Positions int64 [n]. Any first part of them has classes as equal as the images allow.
+    """
+    by_class = np.lexsort((lots, labels))
+    labels = labels[by_class]
+    turn = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    return by_class[np.lexsort((lots[by_class], turn))]
+
+
 @numba.njit(nogil=True)
 def random_view(seed, epoch, index, height, width, scale, ratio, hflip):
     """Random resized crop and flip of a sample, as torchvision's RandomResizedCrop and RandomHorizontalFlip draw them.

@@ -25,7 +25,7 @@ from .linearize import (
 )
 from .operators import ADDITIONS, OPERATORS, linear_attention
 from .segmenter import Segmenter, backbone_of
-from .taps import BLOCK_MODULES, tap_names, taps
+from .taps import BLOCK_MODULES, attention_entropy, tap_names, taps
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "Segmenter",
     "ViT",
     "architecture",
+    "attention_entropy",
     "backbone_of",
     "borrowed_attention",
     "build_backbone",

@@ -5,13 +5,14 @@ those of "Layer by layer, module by module", arXiv 2603.05280.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
-from timm.layers import SwiGLU
-from timm.models.eva import EvaBlockPostNorm
+from timm.layers import Attention, AttentionRope, SwiGLU
+from timm.models.eva import EvaAttention, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
@@ -88,6 +89,43 @@ def pooled(tokens_BND: Tensor, pool: Literal["mean", "prefix", "both"]) -> Tenso
     if pool != "prefix":
         parts.append(tokens_BND.mean(1, dtype=torch.float32))
     return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
+
+
+@contextlib.contextmanager
+def attention_entropy(vit: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Within the context, each forward of `vit` fills the mapping with the entropy of its softmax attention by block.
+
+    Of each image [B], in fp32: the mean over heads and queries of -sum_n p_n log p_n / log N, which is 0 where a query
+    looks at one token and 1 where it looks at all N alike. Linear blocks have none. Attention is computed unfused, with
+    its weights [B, H, N, N] in memory, so give few images at a time.
+
+    Args:
+        vit: see `taps`.
+    """
+    read: dict[int, Tensor] = {}
+    found = {i: getattr(block, "attn", None) for i, block in enumerate(vit.blocks)}
+    attentions = {i: attn for i, attn in found.items() if isinstance(attn, Attention | AttentionRope | EvaAttention)}
+    fused = {i: attn.fused_attn for i, attn in attentions.items()}
+    hooks = []
+
+    def record(i: int):
+        def before(_module: nn.Module, args: tuple) -> None:
+            weights = args[0].float()
+            nats = torch.special.entr(weights).sum(-1)
+            read[i] = nats.mean((1, 2)) / math.log(weights.shape[-1])
+
+        return before
+
+    try:
+        for i, attn in attentions.items():
+            attn.fused_attn = False  # its weights then pass through their dropout
+            hooks.append(attn.attn_drop.register_forward_pre_hook(record(i)))
+        yield read
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for i, attn in attentions.items():
+            attn.fused_attn = fused[i]
 
 
 def tap_names(vit: nn.Module, names: Iterable[str]) -> list[str]:

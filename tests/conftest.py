@@ -103,7 +103,7 @@ def write_small(folder: Path) -> Path:
             "workers": 1,
         },
         "train": {"batch_size": 16, "bf16": False, "steps": 6, "lr": 1e-3, "log_every": 1, "save_every": 1000},
-        "wandb": {"enabled": False},
+        "tracking": [],
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder
@@ -190,7 +190,7 @@ def run_trainer(
 def curve(folder: Path, *splits: str) -> list[dict]:
     """A stage's metrics lines of `splits` (default: all), without what measures time."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timing = {"images_per_second", "data_wait", "save_wait"}
+    timing = {"images_per_second", "data_wait", "save_wait", "time"}
     return [
         {k: v for k, v in line.items() if k not in timing} for line in lines if line["split"] in splits or not splits
     ]

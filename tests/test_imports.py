@@ -22,7 +22,7 @@ ALLOWED = {"trainer/run.py": {"jobs"}}
 FLOORS = [
     {"trainer.run"},
     {"trainer.main"},
-    {"trainer.probe"},
+    {"trainer.probe", "trainer.report"},
     {"trainer.setup"},
     {"trainer.loop", "trainer.stages"},
     {"trainer.engine", "trainer.output"},

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -25,7 +25,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from trainer.engine.settings import Train
 from trainer.fields import PathName, words
 from trainer.output.paths import is_begun, is_complete, stage_path
-from trainer.output.settings import Wandb
+from trainer.output.settings import Tracking, Wandb
 from trainer.setup.settings import Data, Student, Teacher
 from trainer.stages import STAGES
 
@@ -76,6 +76,8 @@ class Common:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     wandb: Wandb = field(default_factory=Wandb)
+    tracking: Tracking = field(default_factory=lambda: ["wandb"])
+    """Where metrics and pictures go beside the run folder; [] for nowhere."""
     dry_run: bool = False
     """Show what would run, without training."""
 
@@ -91,7 +93,7 @@ Settings = dataclasses.make_dataclass(
 Settings.__doc__ = "All settings of one stage's run: `Common`, and the groups of every stage."
 
 # May change between a run and its continuation: they alter nothing of what is learned. So may the `free` of a group.
-FREE = {"run", "dry_run", "deepspeed", "wandb"}
+FREE = {"run", "dry_run", "deepspeed", "wandb", "tracking"}
 
 
 def place_of(settings: Common) -> str:
@@ -154,7 +156,9 @@ def explained(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def no_such(name: str, kind: type = Settings) -> str:
-    """ "no such setting", with the nearest one: by its name, else by the words of its explanation."""
+    """ "no such setting", with its name of now, or the nearest one: by name, else by the words of its explanation."""
+    if kind is Settings and name in RENAMED:
+        return f"its name is now {RENAMED[name][0]}; --print_config shows all"
     known = list(dict.fromkeys(part for full, _ in names(kind) for part in (full, full.split(".")[0]) if part != name))
     group, _, last = name.rpartition(".")
     asked = last.lower().split("_")
@@ -356,15 +360,23 @@ def run_recipe(settings: Settings) -> str:
         given = merge(defaults[group], recipe.get(group) or {})
         of_run = {key: value for key, value in now[group].items() if key not in ("parent", "trainable")}
         typed[group] = {key: value for key, value in of_run.items() if value != given[key]}
-    if settings.deepspeed != recipe.get("deepspeed", defaults["deepspeed"]):
-        typed["deepspeed"] = settings.deepspeed
+    for name in ("deepspeed", "tracking"):
+        if now[name] != recipe.get(name, defaults[name]):
+            typed[name] = now[name]
     whole = merge(read_yaml(source), {key: value for key, value in typed.items() if value})
     head = f"# What this run was begun with, from {source.name}. Its later stages start from it.\n"
     return head + yaml.safe_dump(whole, sort_keys=False)
 
 
-# Names that settings had in earlier versions: recipes and run folders of then keep loading.
-RENAMED = {"student.feature_map": "student.operator"}
+def _same(value: Any) -> Any:
+    return value
+
+
+# Settings of earlier versions, their names now, and what makes a value of now: recipes and run folders keep loading.
+RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "student.feature_map": ("student.operator", _same),
+    "wandb.enabled": ("tracking", lambda value: (["wandb"] if value else []) if isinstance(value, bool) else value),
+}
 
 
 def upgrade(kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -372,10 +384,11 @@ def upgrade(kept: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = {}
     for key, value in kept.items():
         upgraded[key] = dict(value) if isinstance(value, Mapping) else value
-    for old, new in RENAMED.items():
-        (old_group, old_name), (new_group, new_name) = old.split("."), new.split(".")
+    for old, (new, convert) in RENAMED.items():
+        (old_group, old_name), (new_group, _, new_name) = old.split("."), new.rpartition(".")
         if isinstance(upgraded.get(old_group), dict) and old_name in upgraded[old_group]:
-            upgraded.setdefault(new_group, {})[new_name] = upgraded[old_group].pop(old_name)
+            into = upgraded.setdefault(new_group, {}) if new_group else upgraded
+            into[new_name] = convert(upgraded[old_group].pop(old_name))
     stages = upgraded.get("stages")
     if isinstance(stages, dict):
         upgraded["stages"] = {k: upgrade(part) if isinstance(part, Mapping) else part for k, part in stages.items()}

@@ -2,10 +2,11 @@
 
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from data import DamagedError
-from models import match_dtypes
+from models import backbone_of, match_dtypes
 from trainer.config import Settings, UserError, as_dict, parse, stage_of, user_errors
 from trainer.engine.checkpoint import Checkpoints, Manifest
 from trainer.engine.engine import build_engine, deepspeed_config, offloads
@@ -94,6 +95,12 @@ def train_stage(
     job.stage.begin(engine, train_data, folder.path, step)
     tracker = Tracker(folder.path, settings, me.rank, step, job.steps)
     start = f"step {step}" if found else job.start
+    vit = backbone_of(job.stage.student)
+    tracker.started(
+        steps=job.steps, ranks=me.size, device=me.device_name, student=job.start, notes=job.notes,
+        image_size=job.export["input"]["image_size"], tokens=vit.patch_embed.num_patches + vit.num_prefix_tokens,
+        prefix_tokens=vit.num_prefix_tokens, versions={name: version(name) for name in ("torch", "timm", "deepspeed")},
+    )  # fmt: skip
     tracker.info(f"stage {settings.stage}, {job.stage.name}: from {start}, to step {job.steps}")
     tracker.info(f"{job.images}; settings of {', but '.join((settings.source, *settings.changed))}")
     for note in job.notes:
@@ -124,6 +131,9 @@ def train_stage(
     status = train(training, step, job.steps)
     if status == 0:
         job.stage.draw(engine, val_data, folder.path / "pictures")
+        tracker.pictures(
+            sorted(path for where in ("*.png", "pictures/*.png") for path in folder.path.glob(where)), job.steps
+        )
         state = job.stage.export(engine)
         if me.rank == 0:
             folder.write_export(state, job.export)

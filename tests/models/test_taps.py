@@ -9,7 +9,7 @@ from timm.layers import GluMlp, Mlp
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch.nn import functional as F
 
-from models import BLOCK_MODULES, linearize, tap_names, taps
+from models import BLOCK_MODULES, attention_entropy, linearize, tap_names, taps
 from models.taps import POINTS
 
 ALL = ["patch_embed", *(f"blocks.*.{point}" for point in POINTS), "norm"]
@@ -274,3 +274,46 @@ def test_taps_read_compiled_blocks_and_compile_them_once(part):
         for name, tensor in wanted.items():
             torch.testing.assert_close(read[name], tensor)
     assert counts[0] == counts[2] > 0
+
+
+ENTROPY = {
+    "vit": ("vit_tiny_patch16_224", {"qk_norm": True, "reg_tokens": 2}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "eva02": ("eva02_tiny_patch14_224", {}),
+    "naver": ("vit_base_patch16_rope_224.naver_in1k", {}),
+}
+
+
+@pytest.mark.parametrize("family", ENTROPY)
+def test_entropy_of_softmax_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against that of the queries and keys which torch's own fused attention is called with."""
+    torch.manual_seed(0)
+    name, kwargs = ENTROPY[family]
+    vit = timm.create_model(name, **TINY | {"embed_dim": 48, "num_heads": 3}, **kwargs).eval()
+    with torch.no_grad():
+        for block in vit.blocks:
+            for weight in block.attn.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(std=0.3)
+    images, fused, expected = torch.randn(2, 3, 32, 32), F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, **options):
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        nats = -(weights * weights.log()).sum(-1).mean((1, 2))
+        expected.append(nats / torch.tensor(float(k.shape[-2])).log())
+        return fused(q, k, v, **options)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        for block in vit.blocks:
+            block.attn.fused_attn = True
+        out = vit(images)
+    with attention_entropy(vit) as found, torch.no_grad():
+        torch.testing.assert_close(vit(images), out, rtol=1e-4, atol=1e-4)
+    assert list(found) == [0, 1] == list(range(len(expected)))
+    torch.testing.assert_close(torch.stack(list(found.values())), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert all(0.05 < x < 0.99 for x in torch.stack(expected).flatten())
+    assert all(block.attn.fused_attn for block in vit.blocks)
+    with attention_entropy(linearize(vit, keep_softmax=[1])) as found:
+        pass
+    assert found == {}

@@ -51,7 +51,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded default at small size."""
     recipe = yaml.safe_load((ROOT / "trainer/recipes/default.yaml").read_text())
     recipe["train"] |= {"batch_size": 16, "steps": 40, "bf16": False, "eval_first": False, "log_every": 1}
-    recipe["wandb"] = {"enabled": False}
+    recipe["tracking"] = []
     recipe["stages"] |= {"probe": {}}
     for stage, part in recipe["stages"].items():
         part.get("train", {}).pop("epochs", None)

@@ -159,6 +159,11 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     recipe = tmp_path / "old.yaml"
     recipe.write_text("student: {feature_map: relu}\nstages: {1: {student: {feature_map: elu1}}}\n")
     assert [parse(["--stage", s, "--config", str(recipe)]).student.operator for s in "12"] == ["elu1", "relu"]
+    recipe.write_text("wandb: {enabled: false}\nstages: {1: {wandb: {enabled: true, project: mine}}}\n")
+    found = [parse(["--stage", s, "--config", str(recipe)]) for s in "12"]
+    assert [(s.tracking, s.wandb.project) for s in found] == [(["wandb"], "mine"), ([], "unsoftmax")]
+    with pytest.raises(UserError, match=r"wandb\.enabled: its name is now tracking"):
+        parse(["--stage", "1", "--wandb.enabled", "false"])
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:

@@ -23,7 +23,7 @@ TOLERANCE = 1e-3  # relative; another processor's kernels round differently, and
 def losses(operator: str, stage: str, small: Path, run: Path) -> list[float]:
     """The training loss of each step of 16 images, in fp32, on one rank."""
     argv = ["--stage", stage[0], *STAGES[stage], "--run", str(run), "--student.operator", operator]
-    argv += ["--train.steps", str(STEPS), "--train.log_every", "1", "--train.bf16", "false", "--wandb.enabled", "false"]
+    argv += ["--train.steps", str(STEPS), "--train.log_every", "1", "--train.bf16", "false", "--tracking", "[]"]
     argv += ["--train.batch_size", "16", "--train.eval_first", "false", "--data.val", "null"]
     with tempfile.TemporaryDirectory() as log:
         forked = Run(zygote(small / "train.beton"), argv, Path(log))

@@ -1,13 +1,15 @@
 """Settings of what a run reports to."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+TRACKERS = {"wandb": "trainer.output.trackers:Wandb", "tensorboard": "trainer.output.trackers:TensorBoard"}
+Tracking = list[Literal[tuple(TRACKERS)]]
 
 
 @dataclass
 class Wandb:
-    """Weights & Biases; offline unless WANDB_API_KEY is set."""
+    """Weights & Biases, where `tracking` names it; offline unless WANDB_API_KEY is set."""
 
-    enabled: bool = True
-    """Whether to log there."""
     project: str = "unsoftmax"
     """The project's name."""

@@ -1,22 +1,20 @@
-"""What a run reports: metrics.jsonl, wandb, and a progress bar; where no one watches, a line now and then."""
+"""What a run reports: metrics.jsonl, other trackers, and a progress bar; where no one watches, a line now and then."""
 
 import json
 import math
 import os
-import queue
-import secrets
 import sys
-import threading
+import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
 
-from trainer.config import Settings, UserError, as_dict
-
-FINISH = 20.0  # seconds that wandb has at the end; what it could not send by then stays in its folder
+from trainer.config import Settings, UserError
+from trainer.output.trackers import Apart
 
 
 class Tracker:
@@ -28,18 +26,17 @@ class Tracker:
         Raises:
             UserError: it cannot be written.
         """
-        self.active, self.wandb, self.bar, self._evaluated = rank == 0, None, None, set()
+        self.active, self.others, self.bar, self._evaluated = rank == 0, [], None, set()
         self.first_evaluation: dict[str, Any] | None = None  # before the first step; rank 0 knows
         if not self.active:
             return
-        self.path, self.batch_size = folder / "metrics.jsonl", settings.train.batch_size
+        self.path, self.batch_size, self.step = folder / "metrics.jsonl", settings.train.batch_size, step
         try:
             self._keep_until(step)
             self.file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise self._unwritable(error) from error
-        if settings.wandb.enabled:
-            self.wandb = _Wandb(folder, settings)
+            raise self._unwritable(error, self.path) from error
+        self.others = [Apart(name, folder, settings, step) for name in dict.fromkeys(settings.tracking)]
         # None: shown on a terminal only.
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)
 
@@ -73,6 +70,8 @@ class Tracker:
     def log(self, line: dict[str, Any]) -> None:
         """One metrics line, with at least `step`, `epoch` and `split`. What is not finite becomes null.
 
+        In the file it has `time` too, seconds since 1970.
+
         Raises:
             UserError: it cannot be written (no space left, say).
         """
@@ -80,9 +79,10 @@ class Tracker:
             return
         line = {key: _finite(value) for key, value in line.items()}
         self._remember(line)
-        self._write(line)
-        if self.wandb is not None:
-            self.wandb.log(line)
+        timed = line | {"time": round(time.time(), 3)}
+        self._write(self.file, self.path, timed)
+        for other in self.others:
+            other.log(timed)
         if line["split"] == "train" and not self.bar.disable:  # the bar itself shows steps and the time left
             speed = f"{line['images_per_second']:.0f} images/s  {line['data_wait']:.0%} waiting for data"
             loss = float("nan") if line["loss"] is None else line["loss"]
@@ -94,13 +94,34 @@ class Tracker:
             said.append(f"left {timedelta(seconds=round(left))}")
         self.info("  ".join(said))
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def started(self, **how: Any) -> None:
+        """Note in `starts.jsonl` that a process group takes the stage on, at which step and `how`.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self.active:
+            return
+        path = self.path.with_name("starts.jsonl")
+        try:
+            with path.open("ab", buffering=0) as file:
+                self._write(file, path, {"time": round(time.time(), 3), "step": self.step, **how})
+        except OSError as error:
+            raise self._unwritable(error, path) from error
+
+    def pictures(self, paths: Iterable[Path], step: int) -> None:
+        """Hand PNGs to the other trackers."""
+        for path in paths:
+            for other in self.others:
+                other.picture(path, step)
+
+    def _write(self, file: IO[bytes], path: Path, line: dict[str, Any]) -> None:
         text = json.dumps(line).encode() + b"\n"
         try:
             while text:
-                text = text[self.file.write(text) :]
+                text = text[file.write(text) :]
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._unwritable(error, path) from error
 
     def _remember(self, line: dict[str, Any]) -> None:
         if line["split"] == "val" and line["step"] == 0:
@@ -109,7 +130,8 @@ class Tracker:
     def warn(self, message: str, step: int) -> None:
         """A warning on the screen, and as a line of split `warning` in the metrics."""
         if self.active:
-            self._write({"step": step, "split": "warning", "message": message})
+            line = {"step": step, "split": "warning", "message": message, "time": round(time.time(), 3)}
+            self._write(self.file, self.path, line)
         self.info(f"warning: {message}")
 
     def advance(self) -> None:
@@ -129,72 +151,15 @@ class Tracker:
             return
         self.bar.close()
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        for other in self.others:
+            other.finish()
 
-    def _unwritable(self, error: OSError) -> UserError:
+    def _unwritable(self, error: OSError, path: Path) -> UserError:
         reason = (error.strerror or str(error)).lower()
-        return UserError(f"{self.path}: cannot be written ({reason}); mend that, then run the same command again")
+        return UserError(f"{path}: cannot be written ({reason}); mend that, then run the same command again")
 
 
 def _finite(value: Any) -> Any:
     """Numbers and tensors of one as JSON holds them."""
     value = value.item() if isinstance(value, torch.Tensor) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Wandb:
-    """wandb in a thread of its own: where it or its server fails or hangs, the run neither stops nor waits."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(folder, settings), name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, line: dict[str, Any]) -> None:
-        if self._thread.is_alive():
-            self._lines.put(line)
-
-    def finish(self) -> None:
-        self._lines.put(None)
-        self._thread.join(FINISH)
-        if self._thread.is_alive():
-            _warn(f"has not finished after {FINISH:.0f} s; `wandb sync` sends what is in its folder")
-
-    def _run(self, folder: Path, settings: Settings) -> None:
-        try:
-            run = _start_wandb(folder, settings)
-            for line in iter(self._lines.get, None):
-                values = {f"{line['split']}/{k}": v for k, v in line.items() if k not in ("step", "split")}
-                run.log({"step": line["step"], **values})
-            run.finish()
-        except BaseException as error:  # some of its errors are no Exception
-            _warn(f"is left off ({' '.join(str(error).split())})")
-
-
-def _warn(what: str) -> None:
-    print(f"warning: wandb {what}", file=sys.stderr, flush=True)
-
-
-def _start_wandb(folder: Path, settings: Settings):
-    """A wandb run that continues under the id kept in the run folder; offline unless a key is set."""
-    import wandb
-
-    kept = folder / "wandb_id"
-    identity = (kept.read_text().strip() if kept.exists() else "") or secrets.token_hex(4)
-    kept.write_text(identity + "\n")
-    key = os.environ.get("WANDB_API_KEY")
-    run = wandb.init(
-        project=settings.wandb.project,
-        id=identity,
-        resume="allow",
-        name=f"{folder.parent.name}/{folder.name}",
-        group=folder.parent.name,
-        dir=folder,
-        config=as_dict(settings),
-        mode=os.environ.get("WANDB_MODE") or ("online" if key else "offline"),
-        settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-    )
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run

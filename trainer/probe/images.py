@@ -95,23 +95,7 @@ def draw(settings: Settings, train: data.Info, tests: dict[str, data.Info], coun
     for name, (info, pool) in pools.items():
         if counts[name] < len(pool):
             labels = open_checked(info.path)[1]["label"][pool]
-            order = balanced(labels, data.lots(info.num_samples, settings.train.seed)[pool])
+            order = data.balanced(labels, data.lots(info.num_samples, settings.train.seed)[pool])
             pool = pool[order[: counts[name]]]
         splits.append(Split(name, info.path, np.sort(pool)))
     return splits
-
-
-def balanced(labels: np.ndarray, lots: np.ndarray) -> np.ndarray:
-    """The order in which images are drawn: one per class, then a second per class, and so on.
-
-    Args:
-        labels: int64 [n].
-        lots: float64 [n]; the lowest lot of a class is drawn first.
-
-    Returns:
-        Positions int64 [n]. Any first part of them has classes as equal as the images allow.
-    """
-    by_class = np.lexsort((lots, labels))
-    labels = labels[by_class]
-    turn = np.arange(len(labels)) - np.searchsorted(labels, labels)
-    return by_class[np.lexsort((lots[by_class], turn))]

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 
 from models import BLOCK_MODULES
+from trainer.output.intervals import Z, wilson
 from trainer.output.paths import write_aside
 from trainer.probe.fit import Fit
 
@@ -23,7 +24,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-Z = 1.959964  # of a normal distribution, 95 % two-sided
 COLUMNS = ("model", "block", "module", "pooling", "penalty", "data", "images", "top1", "low", "high")
 LABELS = {name: name.upper() if name != "act" else "Act" for name in BLOCK_MODULES}
 
@@ -77,14 +77,6 @@ def place(tap: str) -> tuple[int | None, str]:
     """`blocks.3.act` -> (3, "act"); `norm` -> (None, "norm")."""
     match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", tap)
     return (int(match[1]), match[2]) if match else (None, tap)
-
-
-def wilson(hits: int, images: int) -> tuple[float, float]:
-    """95 % interval of an accuracy in percent (Wilson, JASA 22, 1927)."""
-    share = hits / images
-    centre = share + Z**2 / (2 * images)
-    half = Z * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2)
-    return tuple(100 * (centre + sign * half) / (1 + Z**2 / images) for sign in (-1, 1))
 
 
 def paired(right: np.ndarray, other: np.ndarray) -> tuple[float, float]:

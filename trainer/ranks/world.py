@@ -41,6 +41,11 @@ class World:
     size: int
     device: torch.device
 
+    @property
+    def device_name(self) -> str:
+        """Of this process's device, such as "NVIDIA H100 80GB HBM3"; "CPU" where there is no other."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
 
 def this_process() -> World:
     """Rank, number of ranks and device, as the launcher set them; rank 0 of 1 without a launcher.

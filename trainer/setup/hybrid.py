@@ -7,6 +7,7 @@ The teacher's blocks are made linear one at a time, with copied weights; the dam
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import data
 import models
 from trainer.config import Settings, UserError
+from trainer.output import charts
 from trainer.output.paths import stage_path, write_aside
 from trainer.ranks.errors import cause
 from trainer.ranks.world import World, dist, join
@@ -106,6 +108,9 @@ def ranking(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_aside(path, json.dumps(found, indent=1) + "\n")
+            both = [partial(draw, found=found) for draw in (charts.damage_alone, charts.damage_in_order)]
+            width = charts.width_of(len(found["alone"]))
+            charts.save(path.with_suffix(".png"), charts.figure(*both, width=width))
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({cause(error)})") from error
     return found

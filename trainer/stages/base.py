@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from trainer.config import Settings, UserError
 from trainer.engine.engine import DeepSpeedEngine, set_working_copy
 from trainer.engine.optim import scaled
 from trainer.engine.shards import WEIGHT, Shards
+from trainer.output.paths import stage_path, write_aside
 from trainer.ranks.world import dist
 from trainer.stages.classes import num_classes
 
+BY_CLASS = ("images", "top1", "teacher_top1")  # what an evaluation sums up class by class
 Batch = dict[str, Tensor]
 Infos = Mapping[str, data.Info]  # what data.train and data.val hold, by "train" and "val"
 
@@ -221,21 +224,39 @@ class Stage(nn.Module):
         return values
 
     def evaluate(self, engine: DeepSpeedEngine, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over all images of an epoch of an evaluation loader, each counted once over all ranks.
+        """Means over all images of an epoch of an evaluation loader, each counted once over all ranks; and `images`.
 
-        What `batches` raises, on all ranks together, leaves the engine ready to go on.
+        Where there is a `top1`, `classes.json` in the stage's folder has that of each class. What `batches` raises, on
+        all ranks together, leaves the engine ready to go on.
         """
         sums: dict[str, Tensor] = {}
+        by_class = torch.zeros(len(BY_CLASS), self.num_classes, dtype=torch.float64, device=engine.device)
         with self.evaluation_mode(engine):
             for batch in batches:
                 out = engine(batch) | {"images": torch.ones_like(batch["valid"], dtype=torch.float64)}
                 for key, value in out.items():
                     sums[key] = sums.get(key, 0) + (value.double() * batch["valid"]).sum()
-        total = torch.stack(list(sums.values()))
+                if "top1" in out:
+                    rows = torch.stack([out.get(key, out["images"] * 0).double() for key in BY_CLASS]) * batch["valid"]
+                    by_class.index_add_(1, batch["label"], rows)
+        total = torch.cat([torch.stack(list(sums.values())), by_class.flatten()])
         dist.all_reduce(total)
-        values = dict(zip(sums, total.tolist(), strict=True))
+        values = dict(zip(sums, total.tolist(), strict=False))
+        if "top1" in values and dist.get_rank() == 0:
+            self.record_classes(engine, total[len(sums) :].view_as(by_class), [k for k in BY_CLASS if k in values])
         images = values.pop("images")
-        return {key: value / images for key, value in values.items()}
+        return {key: value / images for key, value in values.items()} | {"images": round(images)}
+
+    def record_classes(self, engine: DeepSpeedEngine, by_class: Tensor, keys: list[str]) -> None:
+        """`classes.json`: of each class that occurs, those of `BY_CLASS` that `keys` names; accuracies in percent."""
+        names, classes = self.infos["val"].classes, {}
+        for i, column in enumerate(by_class.mT.tolist()):
+            values = dict(zip(BY_CLASS, column, strict=True))
+            if images := values["images"]:
+                name = names[i] if names and i < len(names) else str(i)
+                classes[name] = {k: round(images) if k == "images" else values[k] / images for k in keys}
+        text = json.dumps({"step": engine.global_steps, "classes": classes}, indent=1) + "\n"
+        write_aside(stage_path(self.settings.run, self.settings.stage) / "classes.json", text)
 
     def score(self, values: dict[str, float]) -> float:
         """What the best checkpoint is chosen by, higher is better: of what `evaluate` gave."""

@@ -23,9 +23,10 @@ from tests.support.zygote import Run
 from trainer.config import UserError, parse
 from trainer.main import main
 from trainer.output.folder import StageFolder
-from trainer.probe.images import balanced, share_out
+from trainer.output.intervals import wilson
+from trainer.probe.images import share_out
 from trainer.probe.plan import first_difference, make_plan
-from trainer.probe.report import paired, wilson
+from trainer.probe.report import paired
 from trainer.probe.solve import logistic, ridge, statistics
 from trainer.probe.stage import check
 
@@ -381,7 +382,7 @@ def test_images_that_fit_in_the_store() -> None:
     assert share_out(imagenet | {"validation": 10}, 12_000, False) == {"fit": 6_000, "validation": 10, "val": 5_990}
     assert share_out(imagenet | {"fit": 10_000}, 12_000, True) == {"fit": 10_000, "validation": 1_000, "val": 1_000}
     labels = np.repeat([2, 0, 1], [50, 3, 20])
-    drawn = labels[balanced(labels, np.random.default_rng(0).random(73))]
+    drawn = labels[data.balanced(labels, np.random.default_rng(0).random(73))]
     assert np.bincount(drawn[:9]).tolist() == [3, 3, 3] and np.bincount(drawn[:23]).tolist() == [3, 10, 10]
     assert np.bincount(drawn).tolist() == [3, 20, 50]
 

@@ -216,7 +216,7 @@ def test_stage_1_before_the_projection_and_compiled(small: Path, tmp_path: Path,
 
 
 def test_wandb_goes_on_under_its_id(small: Path, tmp_path: Path) -> None:
-    options = ["--wandb.enabled", "true", "--train.steps", "2", "--train.save_every", "1"]
+    options = ["--tracking", "[wandb]", "--train.steps", "2", "--train.save_every", "1"]
     for _ in range(2):
         done = run_trainer(small, tmp_path, 2, *options)
         assert done.code == 0, done.err

@@ -4,22 +4,36 @@ ViT-AdaLA, arXiv 2603.16063. The teacher runs once; at each block the student's 
 teacher's attention read, so blocks are independent, and errors do not add up over depth.
 """
 
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from models import linear_blocks
+from data import Loader
+from models import attention_entropy, linear_blocks
+from trainer.engine.engine import DeepSpeedEngine
+from trainer.output import charts
+from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Stage
 from trainer.stages.blockwise import FREE_RUNNING, TEACHER_FORCED, errors, forced_taps, mean_of, named, teacher_forced
+
+LOOKED_AT = 8  # images whose attention's entropy is measured, from all over data.val
+ENTROPY = "teacher_entropy"  # name of a metric
 
 
 class AttentionAlignment(Stage):
     """Mean over linear blocks of MSE(student attention output, teacher attention output); only Q, K, V are trained.
 
     Evaluations tell the error of each block, and the one that it has when the student runs by itself (not where the
-    attention is compiled).
+    attention is compiled); and the entropy of the teacher's attention, see `models.attention_entropy`.
     """
 
     name = "attention alignment"
     trainable = "qkv"
+    last: dict[str, float] | None = None  # what the last evaluation told
 
     def prepare(self) -> None:
         """Names what is read of the teacher."""
@@ -43,3 +57,35 @@ class AttentionAlignment(Stage):
         if self.student_taps:
             values |= named(FREE_RUNNING, errors(outputs.of_student, outputs.teacher, self.blocks, self.point))
         return values
+
+    def evaluate(self, engine: DeepSpeedEngine, batches: Iterable[Batch]) -> dict[str, float]:
+        """With the entropy of the teacher's attention in each block, over a few images."""
+        sums = torch.zeros(1 + len(self.teacher.blocks), dtype=torch.float64, device=engine.device)
+        self.last = super().evaluate(engine, self.looked_at(batches, sums))
+        dist.all_reduce(sums)
+        nats = (sums[1:] / sums[0]).tolist()
+        self.last |= {f"{ENTROPY}.blocks.{i}": nats[i] for i in range(len(nats))}
+        return dict(self.last)
+
+    def looked_at(self, batches: Iterable[Batch], sums: Tensor) -> Iterator[Batch]:
+        """The same batches; on the way the entropies of some images are added to `sums`: [images, block 0, ...]."""
+        chosen = np.linspace(0, self.infos["val"].num_samples - 1, LOOKED_AT).round().astype(int)
+        for batch in batches:
+            among = torch.isin(batch["index"], torch.from_numpy(chosen).to(batch["index"])) & batch["valid"]
+            for image in batch["image"][among].split(1):
+                with attention_entropy(self.teacher) as found:
+                    self.teacher(image)
+                sums += torch.cat([torch.ones(1), *(x.cpu() for x in found.values())]).to(sums)
+            yield batch
+
+    def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
+        """`errors.png`: the error of each block, teacher-forced beside free-running, over the entropy."""
+        if loader is None:
+            return
+        if self.last is None:  # evaluated by the process before this one
+            self.evaluate(engine, loader.epoch())
+        if dist.get_rank() == 0:
+            forced, free, nats = (charts.by_block(self.last, name) for name in (TEACHER_FORCED, FREE_RUNNING, ENTROPY))
+            found = {"teacher-forced": forced, "free-running": free} if free else {"teacher-forced": forced}
+            both = partial(charts.block_errors, found=found), partial(charts.entropy, found=nats)
+            charts.save(folder / "errors.png", charts.figure(*both, width=charts.width_of(len(nats))))

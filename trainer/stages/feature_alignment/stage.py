@@ -3,25 +3,29 @@
 ViT-AdaLA, arXiv 2603.16063: both run in the same process, the target is made on the fly.
 """
 
+import functools
 import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import Loader
-from models import linear_blocks, taps
+from data import Loader, balanced, lots
+from data.beton import open_checked
+from models import linear_blocks
 from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
 from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Stage
 from trainer.stages.blockwise import FREE_RUNNING, errors, forced_taps, mean_of, named, teacher_forced
-from trainer.stages.pictures import draw_features
+from trainer.stages.pictures import Shown, draw_features
 
-SHOWN = 8  # images in the picture, at most
+SHOWN = 8  # images in the picture
 MEASURED = 8  # batches, over all ranks, whose targets give the standard deviations
 POINT = "mha"  # where attentions are compared
 
@@ -59,6 +63,8 @@ class FeatureAlignment(Stage):
     trainable = "backbone"
     previous = "1"
     quick_probes = True
+    keeping: list[Shown] | None = None  # while an evaluation goes on
+    kept: list[Shown] | None = None  # of the last one, on this rank
 
     def prepare(self) -> None:
         """What is matched; checkpointing and compilation, block by block.
@@ -161,25 +167,57 @@ class FeatureAlignment(Stage):
         values = super().metrics(batch, outputs)
         if self.watched:
             values |= named(FREE_RUNNING, errors(outputs.of_student, outputs.teacher, self.linear, POINT))
+        if self.keeping is not None:
+            self.keep(batch, outputs, values["feature_cosine"])
         return values
 
+    def evaluate(self, engine: DeepSpeedEngine, batches: Iterable[Batch]) -> dict[str, float]:
+        """On the way some images are kept for the picture, chosen to differ."""
+        self.keeping = []
+        try:
+            values = super().evaluate(engine, batches)
+            self.kept = self.keeping
+        finally:
+            self.keeping = None
+        return values
+
+    @functools.cached_property
+    def to_show(self) -> Tensor:
+        """Which images of data.val the picture has: of different classes; without labels from all over the file."""
+        info = self.infos["val"]
+        if info.has_labels:
+            labels = open_checked(info.path)[1]["label"]
+            chosen = balanced(labels, lots(len(labels), self.settings.train.seed))[:SHOWN]
+        else:
+            chosen = np.unique(np.linspace(0, info.num_samples - 1, SHOWN).round().astype(np.int64))
+        return torch.from_numpy(np.sort(chosen))
+
+    def keep(self, batch: Batch, outputs: ForwardOutputs, cosine: Tensor) -> None:
+        """Keep those of a batch's images that the picture has."""
+        among = torch.isin(batch["index"], self.to_show.to(batch["index"])) & batch["valid"]
+        for i in among.nonzero()[:, 0].tolist():
+            tokens = (outputs.teacher["norm"][i], outputs.student[0][i])
+            grids = (
+                x[self.student.num_prefix_tokens :].mT.unflatten(-1, self.student.patch_embed.grid_size) for x in tokens
+            )
+            predictions: list[tuple[int, float] | None] = []
+            for logits in (outputs.teacher["logits"], outputs.student[1]):
+                chance, which = logits[i].float().softmax(-1).max(-1) if self.student.num_classes > 1 else (None, None)
+                predictions.append(None if chance is None else (which.item(), chance.item()))
+            label = batch["label"][i].item() if "label" in batch else None
+            tensors = (x.to("cpu", copy=True) for x in (batch["image"][i], *grids))
+            self.keeping.append(Shown(batch["index"][i].item(), label, cosine[i].item(), *predictions, *tensors))
+
     def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
-        """`features.png`: the last tokens of the first images, teacher beside student."""
+        """`features.png`: the last tokens of images that differ, teacher beside student; cosine and predictions."""
         if loader is None:
             return
-        rows: list[tuple[Tensor, ...]] = []
-        grid = self.student.patch_embed.grid_size
-        engine.eval()
-        # Through the engine, whose call gathers what ZeRO 3 has spread over the ranks.
-        with torch.no_grad(), taps(self.student, ["norm"]) as student, taps(self.teacher, ["norm"]) as teacher:
-            for batch in loader.epoch():
-                engine(batch)
-                patches = (read["norm"][:, self.student.num_prefix_tokens :] for read in (teacher, student))
-                rows.append((batch["image"], *(x.mT.unflatten(-1, grid) for x in patches)))
-                if sum(len(row[0]) for row in rows) >= SHOWN:
-                    break
-        loader.close()
-        engine.train()
+        if self.kept is None:  # evaluated by the process before this one
+            self.evaluate(engine, loader.epoch())
+        everyone: list[list[Shown]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, self.kept)
         if dist.get_rank() == 0:
-            image, of_teacher, of_student = (torch.cat(x)[:SHOWN] for x in zip(*rows, strict=True))
-            draw_features(folder / "features.png", loader.pixels(image), of_teacher, of_student)
+            shown = sorted((row for theirs in everyone for row in theirs), key=lambda row: row.index)
+            images = [loader.pixels(row.image.to(engine.device)).cpu() for row in shown]
+            labels = self.infos["val"].classes
+            draw_features(folder / "features.png", shown, images, labels, None if self.other_classes else labels)

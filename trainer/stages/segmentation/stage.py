@@ -140,7 +140,7 @@ class Segmentation(Supervised):
         dist.all_reduce(matrix)
         dist.all_reduce(loss)
         self.record(engine, matrix)
-        return {"loss": (loss[0] / loss[1]).item(), **scores(matrix)}
+        return {"loss": (loss[0] / loss[1]).item(), **scores(matrix), "images": int(loss[1])}
 
     def keep(self, index_B: Tensor, iou_B: Tensor, image: Tensor, truth: Tensor, found: Tensor) -> None:
         """Keep the worst images and the first ones for pictures."""
