@@ -55,7 +55,13 @@ def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
     chosen = settings.teacher
     # Of a local file all its tensors; else the blocks, which change with no image size and no head.
     sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
-    return {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": sha256}
+    return {"name": without_folder(chosen.name), "kwargs": chosen.kwargs, "sha256": sha256}
+
+
+def without_folder(name: Any) -> Any:
+    """A teacher's name as a lineage has it: of timm's `local-dir:FOLDER` the folder's own name."""
+    local = isinstance(name, str) and name.startswith("local-dir:")
+    return f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if local else name
 
 
 def check_lineage(
@@ -74,7 +80,7 @@ def check_lineage(
         except (KeyError, TypeError, AssertionError) as error:
             raise UserError(f"{parent}/config.json: damaged, its lineage has no {field}; make the export again, "
                             "or choose another with --student.parent") from error  # fmt: skip
-        if was != now:
+        if was != now and (field != "teacher.name" or without_folder(was) != now):  # earlier ones had the folder
             raise UserError(f"{parent}: does not fit as a parent: its {field} is {was!r}, this run's is {now!r}; "
                             "mend the setting, or choose another with --student.parent")  # fmt: skip
     return theirs
