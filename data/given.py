@@ -92,7 +92,7 @@ def name_of(dataset: Any, index: int) -> str:
 
 def is_given(spec: str | Path | None) -> bool:
     """Whether a data setting names images that are to be written first, not a .beton file or `digits`."""
-    if spec is None:
+    if spec is None or str(spec).partition(":")[0] == "digits":  # the embedded data set, whatever lies here
         return False
     path = expand(spec)
     return str(spec).startswith(HUB) or path.is_dir() or path.suffix.lower() in SHARDS
@@ -241,7 +241,7 @@ def _datasets(spec: str) -> Iterator[Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f'{spec}: needs the package datasets; pip install "datasets>=3"') from error
+        raise ValueError(f'{spec}: needs the package datasets; pip install "datasets>=4"') from error
     try:
         yield datasets
     except Exception as error:  # of another's package, over a network: anything

@@ -35,7 +35,7 @@ def model_card(
         config: of the export, see `models.save`.
         licence: of the weights that it was made from; None: it is not known.
         figures: by the names that a stage's metrics have; of the last evaluation.
-        measured_on: the images of it.
+        measured_on: the name of the images whose validation part they are of.
         commands: that made it, a line each.
         title: by default the teacher's name and `linear`.
     """
@@ -103,7 +103,7 @@ def _figures(figures: Mapping[str, float] | None, measured_on: str | None) -> st
     known = [[_WORDS[name], f"{figures[name]:.4g}"] for name in _WORDS if figures and figures.get(name) is not None]
     if not known:
         return "None were measured."
-    on = f" on `{measured_on}`" if measured_on else ""
+    on = f", on the validation images of `{measured_on}`" if measured_on else ""
     return f"Measured once, at the end of training{on}:\n\n{_table(['', ''], known)}"
 
 

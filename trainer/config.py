@@ -218,7 +218,7 @@ def parse(argv: list[str] | None = None) -> Settings:
 
 def brings_validation(train: str | None) -> bool:
     """Whether these are images in place of a .beton file: a recipe's data.val belongs to other images."""
-    return train is not None and (
+    return train not in (None, "digits") and (
         train.startswith("hf:") or Path(train).suffix in (".parquet", ".tar") or Path(train).expanduser().is_dir()
     )
 

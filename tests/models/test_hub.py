@@ -165,7 +165,7 @@ def test_the_card_says_what_from_what(export):
         "apache-2.0", f"timm/{teacher}", "image-classification",
     )  # fmt: skip
     for said in (
-        "| stage 2 | trained backbone on `photos`, 32 x 64 pixels |", "| top-1 (%) | 81.25 |", "on `held out`",
+        "| stage 2 | trained backbone on `photos`, 32 x 64 pixels |", "| top-1 (%) | 81.25 |", "images of `held out`",
         "python trainer/run.py --stage 2", "apache-2.0, as timm says", "| crop pct | `0.8` |", "tells 5 classes",
     ):  # fmt: skip
         assert said in text

@@ -74,12 +74,11 @@ class StageFolder:
         stages = [stage for stage in (config.get("lineage") or {}).get("stages", ()) if stage != settings.stage]
         commands = [kept_command(stage_path(self.run, stage)) for stage in [*stages, settings.stage]]
         published = teacher.pretrained and teacher.weights is None and teacher.name is not None
-        share = f", {settings.data.val_share:.0%} held out of it" if settings.data.val is None else ""
         return models.model_card(
             config,
             licence=models.licence_of(teacher.name) if published else None,
             figures=found[-1] if found else None,
-            measured_on=f"{Path(settings.data.val or settings.data.train).name}{share}",
+            measured_on=Path(settings.data.val or settings.data.train).name,
             commands=[command for command in commands if command],
         )
 

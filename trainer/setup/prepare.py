@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from data.given import is_given
@@ -30,7 +31,8 @@ def prepare(settings: Settings, me: World, should_stop: StopFlag) -> None:
             check(settings, [me.size])  # hours of writing are lost to no other mistake
         return {split: str(path) for split, path in write_missing(settings).items()}
 
-    with should_stop.at_once():
+    # Where a signal comes to another rank alone, all of them heed it at the first step.
+    with should_stop.at_once() if me.rank == 0 else nullcontext():
         found = from_first(me, work)
     files = {split: Path(path) for split, path in found.items()}
     for path in files.values():
