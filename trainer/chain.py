@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -51,9 +52,8 @@ def plan(argv: list[str]) -> dict[str, Settings]:
     Raises:
         UserError: a setting does not exist or fit, or a stage was made with others.
     """
-    stages = {stage: parse(with_stage(argv, stage)) for stage in CHAIN}
-    if stages["3"].student.attention == "softmax":  # the baseline: nothing is converted
-        stages = {"3": stages["3"]}
+    softmax = parse(with_stage(argv, "3")).student.attention == "softmax"  # the baseline: nothing is converted
+    stages = {stage: parse(with_stage(argv, stage)) for stage in (CHAIN[-1:] if softmax else CHAIN)}
     for stage, settings in stages.items():
         check_kept(stage_path(settings.run, stage), settings)
     return stages
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
                 _say(first, f"{of} is complete: {path}")
                 continue
             _say(first, f"{of} begins")
+            if not first:
+                time.sleep(1)  # rank 0 has left the stage before by now, and no other takes its port for the new one's
             began = time.monotonic()
             status = _in_a_process(with_stage(argv, stage), stage, forward)
             if status:
@@ -162,6 +164,7 @@ def _be_the_stage(argv: list[str], stage: str, parent: int) -> NoReturn:
         if os.getppid() != parent:
             signal.raise_signal(signal.SIGTERM)
         sys.argv[1:] = argv
+        _leave_the_launchers_store(stage)
         from trainer.main import main as run_stage
 
         status = 0 if stage == "3" and not _has_targets() else run_stage()
@@ -173,6 +176,21 @@ def _be_the_stage(argv: list[str], stage: str, parent: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _leave_the_launchers_store(stage: str) -> None:
+    """torchrun's store outlives a stage, with what the ranks told each other then: each stage gets one of its own."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    from torch.distributed import TCPStore
+
+    address, key = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), f"chain-{stage}"
+    store = TCPStore(*address, is_master=False, wait_for_workers=False)
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set(key, str(free.getsockname()[1]))
+    os.environ |= {"MASTER_PORT": store.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def _has_targets() -> bool:

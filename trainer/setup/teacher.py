@@ -71,6 +71,9 @@ def check_lineage(
     theirs = models.read_config(parent).get("lineage")
     if isinstance(theirs, dict) and "feature_map" in theirs:  # of an earlier version
         theirs |= {"operator": theirs.pop("feature_map"), "operator_kwargs": {}, "additions": []}
+    of_teacher = theirs.get("teacher") if isinstance(theirs, dict) else None
+    if isinstance(of_teacher, dict) and "name" in of_teacher:
+        of_teacher["name"] = without_folder(of_teacher["name"])  # earlier versions had all of it
     for field in (*fields, "stages", "data"):
         try:
             was = _get(theirs, field)
@@ -80,7 +83,7 @@ def check_lineage(
         except (KeyError, TypeError, AssertionError) as error:
             raise UserError(f"{parent}/config.json: damaged, its lineage has no {field}; make the export again, "
                             "or choose another with --student.parent") from error  # fmt: skip
-        if was != now and (field != "teacher.name" or without_folder(was) != now):  # earlier ones had the folder
+        if was != now:
             raise UserError(f"{parent}: does not fit as a parent: its {field} is {was!r}, this run's is {now!r}; "
                             "mend the setting, or choose another with --student.parent")  # fmt: skip
     return theirs
