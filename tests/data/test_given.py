@@ -1,9 +1,15 @@
 """Images as a user has them: which splits there are, what is held out, and when they count as changed."""
 
+import http.server
 import io
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +118,76 @@ def test_shards_on_disk(tmp_path):
     before = stamp(str(tar))
     tar.write_bytes(tar.read_bytes())
     assert stamp(str(tar)) != before
+
+
+def test_a_dataset_of_the_hub(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    root, revision = tmp_path / "repository", "c" * 40
+    (root / "data").mkdir(parents=True)
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": ["z", "x", "z"]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features).to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        """The hub, as far as `datasets` asks it for one dataset."""
+
+        def do_GET(self):
+            path, _, inside = self.path.partition("?")[0].partition(f"/{revision}")
+            files = sorted(file for file in root.rglob("*") if file.is_file())
+            if path.startswith("/api/datasets/someone/photos") and not path.endswith("/tree"):
+                said = {
+                    "id": "someone/photos",
+                    "sha": revision,
+                    "tags": [],
+                    "private": False,
+                    "downloads": 0,
+                    "likes": 0,
+                }
+                said["siblings"] = [{"rfilename": str(file.relative_to(root))} for file in files]
+                return self.send(200, json.dumps(said).encode())
+            if path.endswith("/tree"):
+                found = sorted((root / inside.strip("/")).iterdir())
+                kinds = [{"type": "directory" if file.is_dir() else "file", "path": str(file.relative_to(root)),
+                          "oid": "b" * 40, "size": file.stat().st_size} for file in found]  # fmt: skip
+                return self.send(200, json.dumps(kinds).encode())
+            file = root / inside.strip("/")
+            there = "/resolve" in path and file.is_file()
+            return self.send(200 if there else 404, file.read_bytes() if there else b"")
+
+        do_HEAD = do_GET
+
+        def send(self, code, body):
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            for name, value in (
+                {"X-Repo-Commit": revision, "ETag": f'"{Path(self.path).name}"'}.items() if code == 200 else ()
+            ):
+                self.send_header(name, value)
+            if code == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        script = (
+            "from data.given import find, stamp; found = find('hf:someone/photos', None); train = found['train']; "
+            "print(stamp('hf:someone/photos'), *found, len(train), train.classes, train.labels, train.why)"
+        )
+        env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+            "NO_PROXY": "*", "PYTHONPATH": str(Path(__file__).parents[2]),
+        }  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=200)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    said = "its split train, images of column image, labels of label"
+    assert done.stdout.strip() == f"{revision} train 3 ['x', 'z'] [1 0 1] {said}"  # the test split is left
 
 
 def test_what_does_not_fit_is_said(folder, tmp_path):

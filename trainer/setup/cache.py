@@ -150,14 +150,17 @@ def notes(settings: Settings) -> list[str]:
     return lines
 
 
-def write_missing(settings: Settings) -> dict[str, Path]:
-    """The files of the images that are given, written where the cache does not have them; for one rank.
+def write_missing(found: list[Source]) -> dict[str, Path]:
+    """The files of images, by their splits, written where the cache does not have them; for one rank.
+
+    Args:
+        found: what `sources` gave.
 
     Raises:
         UserError: one line on what does not fit, or cannot be written.
     """
     files = {}
-    for source in sources(settings):
+    for source in found:
         try:
             _write(source)
         except OSError as error:

@@ -27,9 +27,10 @@ def prepare(settings: Settings, me: World, should_stop: StopFlag) -> None:
         return
 
     def work() -> dict[str, str]:
-        if not all(source.is_written for source in sources(settings)):
+        found = sources(settings)
+        if not all(source.is_written for source in found):
             check(settings, [me.size])  # hours of writing are lost to no other mistake
-        return {split: str(path) for split, path in write_missing(settings).items()}
+        return {split: str(path) for split, path in write_missing(found).items()}
 
     # Where a signal comes to another rank alone, all of them heed it at the first step.
     with should_stop.at_once() if me.rank == 0 else nullcontext():

@@ -38,13 +38,17 @@ def given(small: Path, images: Path, cache: Path, *more: str) -> Settings:
     return parse(["--config", str(small / "recipe.yaml"), "--stage", "2", *where, *more])
 
 
+def files_of(settings: Settings) -> dict[str, Path]:
+    return write_missing(sources(settings))
+
+
 def test_a_folder_is_written_once_and_again_when_an_image_changes(small, images, tmp_path, capsys):
     settings, cache = given(small, images, tmp_path / "cache"), tmp_path / "cache"
     assert settings.data.val is None  # the recipe's belongs to other images
     expected = inspect_data(settings)
     assert not cache.exists() and (expected["train"].num_samples, expected["val"].num_samples) == (36, 4)
     assert f"36 images (labelled: 4 classes, a subfolder of {images} each; 4 of 40 are held out" in notes(settings)[0]
-    files = write_missing(settings)
+    files = files_of(settings)
     said = capsys.readouterr().err
     assert f"writing {files['train']}" in said and f"data.val: {files['val']}" in said and "image/s" in said
     found = inspect_data(settings)
@@ -54,14 +58,14 @@ def test_a_folder_is_written_once_and_again_when_an_image_changes(small, images,
     assert files["train"].parent.name.startswith("My-photos-") and not notes(settings)
 
     written = files["train"].stat().st_mtime_ns
-    assert write_missing(settings) == files and files["train"].stat().st_mtime_ns == written
+    assert files_of(settings) == files and files["train"].stat().st_mtime_ns == written
     assert "writing" not in capsys.readouterr().err
-    shared = write_missing(given(small, images, cache, "--data.val_share", "0"))
+    shared = files_of(given(small, images, cache, "--data.val_share", "0"))
     assert "val" not in shared and data.inspect(shared["train"]).num_samples == 40
 
     changed = images / "a" / "000.png"
     Image.open(images / "b" / "001.png").save(changed)
-    again = write_missing(settings)
+    again = files_of(settings)
     assert again["train"].parent != files["train"].parent
     assert data.inspect(again["train"]).samples != found["train"].samples
 
@@ -69,7 +73,7 @@ def test_a_folder_is_written_once_and_again_when_an_image_changes(small, images,
     with files["train"].open("r+b") as file:
         file.truncate(1000)
     shutil.rmtree(again["val"].parent)
-    assert data.inspect(write_missing(settings)["train"]).samples == data.inspect(again["train"]).samples
+    assert data.inspect(files_of(settings)["train"]).samples == data.inspect(again["train"]).samples
     assert not [path.name for path in cache.iterdir() if path.name.startswith(".My")]
 
 
@@ -77,21 +81,21 @@ def test_folders_with_a_val_split_and_a_val_folder(small, tmp_path):
     save_blobs(tmp_path / "set" / "train", 24)
     save_blobs(tmp_path / "set" / "val", 8, 1)
     save_blobs(tmp_path / "other", 12, 2)
-    both = write_missing(given(small, tmp_path / "set", tmp_path / "cache"))
+    both = files_of(given(small, tmp_path / "set", tmp_path / "cache"))
     assert [data.inspect(both[split]).num_samples for split in ("train", "val")] == [24, 8]
     apart = given(small, tmp_path / "set", tmp_path / "cache", "--data.val", str(tmp_path / "other"))
-    files = write_missing(apart)
+    files = files_of(apart)
     assert [data.inspect(files[split]).num_samples for split in ("train", "val")] == [24, 12]
     assert files["train"].parent != files["val"].parent
     beton = given(small, small / "train.beton", tmp_path / "cache", "--data.val", str(tmp_path / "set"))
-    assert write_missing(beton).keys() == {"val"} and inspect_data(beton)["val"].num_samples == 8
+    assert files_of(beton).keys() == {"val"} and inspect_data(beton)["val"].num_samples == 8
 
 
 def test_two_at_once_write_one(small, images, tmp_path):
     settings = given(small, images, tmp_path / "cache")
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
-    both = [fork.Process(target=lambda: results.put(str(write_missing(settings)["train"]))) for _ in range(2)]
+    both = [fork.Process(target=lambda: results.put(str(files_of(settings)["train"]))) for _ in range(2)]
     for process in both:
         process.start()
     paths = {results.get(timeout=60) for _ in both}
@@ -109,7 +113,7 @@ def test_what_a_killed_writer_left_goes(small, images, tmp_path):
     dead.join()
     for pid in (dead.pid, os.getppid()):
         (tmp_path / "cache" / f".{source.folder.name}.{os.uname().nodename}.{pid}").mkdir(parents=True)
-    write_missing(settings)
+    files_of(settings)
     left = [path.suffix for path in (tmp_path / "cache").iterdir() if path.name.startswith(".My")]
     assert left == [f".{os.getppid()}"]  # it lives
 
@@ -118,7 +122,7 @@ def test_mistakes_are_one_line(small, images, tmp_path, disk):
     settings = given(small, images, disk / "cache")
     (disk / "full").write_bytes(b"x" * (1500 * 1024 - 8192))
     with pytest.raises(UserError, match=r"data.cache .*: cannot be written \(no space left on device; make room"):
-        write_missing(settings)
+        files_of(settings)
     assert not [path for path in (disk / "cache").iterdir() if path.name != ".locks"]
     (images / "empty").mkdir()
     with pytest.raises(UserError, match=r"data.train .*: class folders without images: empty; remove"):
@@ -130,7 +134,7 @@ def test_mistakes_are_one_line(small, images, tmp_path, disk):
 
 def test_an_unreadable_image_is_left_out_and_named(small, images, tmp_path, capsys):
     (images / "a" / "000.png").write_bytes(b"broken")
-    files = write_missing(given(small, images, tmp_path / "cache", "--data.val_share", "0"))
+    files = files_of(given(small, images, tmp_path / "cache", "--data.val_share", "0"))
     assert data.inspect(files["train"]).num_samples == 39
     assert f"unreadable: {images}/a/000.png" in capsys.readouterr().err
 
