@@ -48,7 +48,7 @@ def model_card(
         tags=["unsoftmax", "linear-attention", "timm"],
         pipeline_tag="image-segmentation" if segments else "image-classification" if config.get("classes") else
         "image-feature-extraction",
-        base_model=f"timm/{teacher}" if ":" not in teacher and licence else None,
+        base_model=f"timm/{teacher}" if ":" not in teacher and licence else _on_the_hub(teacher),
     )  # fmt: skip
     parts = [
         f"---\n{head.to_yaml()}\n---",
@@ -71,6 +71,12 @@ def model_card(
         _loading(segments),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _on_the_hub(teacher: str) -> str | None:
+    """The hub's name of a teacher that is called `hf:OWNER/NAME` or `hf-hub:OWNER/NAME`."""
+    source, _, place = teacher.partition(":")
+    return place if source in ("hf", "hf-hub") and place.count("/") == 1 else None
 
 
 def _is_of(config: Mapping[str, Any]) -> str:
@@ -109,7 +115,7 @@ def _figures(figures: Mapping[str, float] | None, measured_on: str | None) -> st
 
 def _licence(licence: str | None, teacher: str) -> str:
     if licence is None:
-        return "That of the weights that it was made from is unknown: they came from a file. Ask whoever gave them."
+        return "That of the weights that it was made from is not known here. Ask whoever gave them."
     return (
         f"The weights that it was made from: {licence}, as timm says of `{teacher}`. It binds what was made from them."
     )

@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
             settings = parse(argv)
             stage = stage_of(settings)
             if not isinstance(stage, type):  # a module with a run of its own
+                if not settings.dry_run:
+                    with user_errors():
+                        prepare(settings, me, should_stop)
                 return stage.run(settings, me, should_stop)
             return run(settings, me, should_stop)
         except Stopped:

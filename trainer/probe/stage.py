@@ -24,7 +24,6 @@ from trainer.probe.report import report
 from trainer.ranks.shared import check_shared
 from trainer.ranks.signals import STOPPED, StopFlag, Stopped
 from trainer.ranks.world import World, dist, join, leave
-from trainer.setup.prepare import prepare
 
 
 def check(settings: Settings) -> None:
@@ -45,8 +44,6 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
     folder = StageFolder(settings)
     with user_errors():
         folder.check(settings)
-        if not settings.dry_run and not folder.complete:
-            prepare(settings, me, should_stop)
         plan = make_plan(settings, folder)
     if settings.dry_run or folder.complete:
         if me.rank == 0:

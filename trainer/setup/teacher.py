@@ -59,9 +59,10 @@ def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
 
 
 def without_folder(name: Any) -> Any:
-    """A teacher's name as a lineage has it: of timm's `local-dir:FOLDER` the folder's own name."""
-    local = isinstance(name, str) and name.startswith("local-dir:")
-    return f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if local else name
+    """A teacher's name as a lineage has it: of a folder on this disk, as in `local-dir:FOLDER`, its own name alone."""
+    source, colon, place = name.partition(":") if isinstance(name, str) else ("", "", "")
+    folder = Path(place).expanduser() if colon else Path()
+    return f"{source}:{folder.name}" if colon and (folder.is_absolute() or folder.is_dir()) else name
 
 
 def check_lineage(
