@@ -41,20 +41,22 @@ def model_card(
     """
     lineage = config.get("lineage") or {}
     teacher = (lineage.get("teacher") or {}).get("name") or config["backbone"]["name"]
-    segments = "segmentation" in config
+    segments, linear = "segmentation" in config, bool(config["attention"]["linear_blocks"])
+    kind = "linear" if linear else "softmax"
+    what = "whose softmax attention was converted to linear attention with unsoftmax"
+    what = what if linear else "with softmax attention, trained by unsoftmax as a baseline"
     head = ModelCardData(
         library_name="timm",
         license=licence or UNKNOWN,
-        tags=["unsoftmax", "linear-attention", "timm"],
+        tags=["unsoftmax", *(["linear-attention"] if linear else []), "timm"],
         pipeline_tag="image-segmentation" if segments else "image-classification" if config.get("classes") else
         "image-feature-extraction",
         base_model=f"timm/{teacher}" if ":" not in teacher and licence else _on_the_hub(teacher),
     )  # fmt: skip
     parts = [
         f"---\n{head.to_yaml()}\n---",
-        f"# {title or f'{teacher}, linear'}",
-        "A Vision Transformer whose softmax attention was converted to linear attention with unsoftmax. "
-        + _is_of(config),
+        f"# {title or f'{teacher}, {kind}'}",
+        f"A Vision Transformer {what}. {_is_of(config)}",
         "## From what",
         _table(["", ""], _origin(config, teacher)),
         "## Figures",
