@@ -67,7 +67,7 @@ def test_a_model_is_a_teacher_by_its_name_and_what_differs(tmp_path: Path) -> No
 
 
 def test_a_mistake_is_a_value_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean lr"):
+    with pytest.raises(ValueError, match=r"did you mean train\.lr"):
         convert("vit_tiny_patch16_224", run=tmp_path / "run", train={"lrr": 1})
 
 
