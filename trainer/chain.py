@@ -85,10 +85,9 @@ def main(argv: list[str] | None = None) -> int:
             if settings.dry_run:
                 continue
             took = timedelta(seconds=round(time.monotonic() - began))
-            done = is_complete(path)
-            _say(first, f"{of} is done after {took}" if done else f"{of} is left out: data.train has no labels")
-            if forward.stopped:
-                return STOPPED
+            learned = "masks" if settings.task == "segmentation" else "labels"
+            left_out = f"{of} is left out: data.train has no {learned}"
+            _say(first, f"{of} is done after {took}" if is_complete(path) else left_out)
     if first and not next(iter(stages.values())).dry_run:
         print(summary(run, list(stages)), flush=True)
     return 0

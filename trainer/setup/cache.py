@@ -175,9 +175,10 @@ def write_missing(found: list[Source]) -> dict[str, Path]:
 
 
 def _is_whole(source: Source) -> bool:
+    written = [side.with_suffix("") for side in source.folder.glob("*.beton.json")]
     try:
-        return bool([data.inspect(path) for path in source.files().values()])
-    except ValueError:
+        return bool([data.inspect(path) for path in written])
+    except (ValueError, FileNotFoundError):
         return False
 
 
@@ -199,7 +200,7 @@ def _write(source: Source) -> None:
             return
         mine = f".{source.folder.name}.{socket.gethostname()}"
         for left in cache.glob(f"{glob.escape(mine)}.*"):  # of a process that was killed
-            if not psutil.pid_exists(int(left.suffix[1:])):
+            if left.suffix[1:].isdigit() and not psutil.pid_exists(int(left.suffix[1:])):
                 shutil.rmtree(left, ignore_errors=True)
         aside = cache / f"{mine}.{os.getpid()}"
         try:

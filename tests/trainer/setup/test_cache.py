@@ -69,11 +69,13 @@ def test_a_folder_is_written_once_and_again_when_an_image_changes(small, images,
     assert again["train"].parent != files["train"].parent
     assert data.inspect(again["train"]).samples != found["train"].samples
 
-    # Damaged, or lost and written by others: the same samples.
-    with files["train"].open("r+b") as file:
+    # Damaged, or lost: written again, of the same samples.
+    before = data.inspect(again["train"]).samples
+    with again["train"].open("r+b") as file:
         file.truncate(1000)
-    shutil.rmtree(again["val"].parent)
-    assert data.inspect(files_of(settings)["train"]).samples == data.inspect(again["train"]).samples
+    assert files_of(settings) == again and data.inspect(again["train"]).samples == before
+    again["val"].unlink()
+    assert files_of(settings) == again and data.inspect(again["val"]).num_samples == 4
     assert not [path.name for path in cache.iterdir() if path.name.startswith(".My")]
 
 
