@@ -48,6 +48,7 @@ class Info:
     max_size: tuple[int, int]  # largest stored (height, width), pixels
     fields: tuple[str, ...]  # names of FFCV's fields
     digest: str | None  # SHA-256 of the tables, checksums of images and masks included; None in a file without them
+    samples: str | None  # SHA-256 of sizes, labels and checksums alone, wherever they lie in the file; likewise
 
 
 def side_file(path: Path) -> Path:
@@ -211,10 +212,21 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
         max_size=(int(image["height"].max()), int(image["width"].max())),
         fields=tuple(reader.handlers),
         digest=digest,
+        samples=_samples_digest(read) if digest else None,
     )
     if labels is not None and labels.min() < 0:
         raise ValueError(f"{path}: has a label below 0 ({labels.min()}); {WRITE_AGAIN}")
     return info, read
+
+
+def _samples_digest(columns: dict[str, np.ndarray]) -> str:
+    """What the samples hold, in their order: two files that several processes wrote of the same images agree in it."""
+    digest = hashlib.sha256()
+    for name in ("size", "label", "checksum", "mask_checksum"):
+        if name in columns:
+            digest.update(name.encode())
+            digest.update(columns[name].tobytes())
+    return digest.hexdigest()
 
 
 def _check_digest(reader: Reader, damaged: ValueError) -> str | None:

@@ -38,6 +38,11 @@ def expand(path: str | Path) -> Path:
         raise ValueError(f"{path}: no such user; give the folder in full") from error
 
 
+def cache_folder() -> Path:
+    """Where files are kept that can be made again: `$XDG_CACHE_HOME/unsoftmax`, else `~/.cache/unsoftmax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unsoftmax"
+
+
 def existing_folder(path: str | Path, want: str) -> Path:
     """A folder that a user gives.
 

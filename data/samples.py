@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import functools
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from data.beton import inspect
 from data.corrupt import check
+from data.paths import cache_folder
 
 SIDE = 64  # pixels of a canvas
 COUNTS = {"train": 8192, "val": 2048}
@@ -90,12 +90,11 @@ def ensure(split: str, corruption: tuple[str, int] | None = None) -> Path:
         OSError: the cache folder cannot be written.
     """
     dataset = Digits(split)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = split
     if corruption is not None:
         check(*corruption)
         name = f"{split}-{corruption[0]}-{corruption[1]}"
-    path = cache / "unsoftmax" / "digits-v3" / f"{name}.beton"
+    path = cache_folder() / "digits-v3" / f"{name}.beton"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / ".lock", "w") as lock:

@@ -12,7 +12,10 @@ import numpy as np
 from data.images import is_image, read_image
 from data.paths import existing_folder
 
-__all__ = ["IMAGE_SUFFIXES", "Found", "ImageFolder", "find_images", "read_image", "refuse_splits", "splits_among"]
+__all__ = [
+    "IMAGE_SUFFIXES", "Found", "ImageFolder", "find_images", "read_image", "refuse_splits", "splits_among",
+    "splits_by_kind",
+]  # fmt: skip
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
@@ -96,7 +99,11 @@ class ImageFolder:
     def __getitem__(self, index: int) -> tuple[np.ndarray] | tuple[np.ndarray, int]:
         """(image,) or (image, label); raises what `read_image` does."""
         pixels = read_image(self.root / self.files[index])
-        return (pixels, self._labels[self.files[index].parts[0]]) if self.classes else (pixels,)
+        return (pixels, self.label(index)) if self.classes else (pixels,)
+
+    def label(self, index: int) -> int:
+        """The label of a file; of a folder that has classes."""
+        return self._labels[self.files[index].parts[0]]
 
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])
@@ -163,8 +170,12 @@ def in_words(passed_over: Sequence[Path]) -> str:
 
 def splits_among(names: Iterable[str]) -> list[str]:
     """Those of some names that mean the splits of a data set, one per kind of split: train, val and test."""
-    kinds = {match.lastgroup: name for name in sorted(names) if (match := _SPLIT.fullmatch(name.lower()))}
-    return sorted(kinds.values())
+    return sorted(splits_by_kind(names).values())
+
+
+def splits_by_kind(names: Iterable[str]) -> dict[str, str]:
+    """Those of some names that mean the splits of a data set, by `train`, `val` and `test`."""
+    return {match.lastgroup: name for name in sorted(names) if (match := _SPLIT.fullmatch(name.lower()))}
 
 
 def refuse_splits(root: Path, files: Sequence[Path]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.chain import ALL, CHAIN
 from trainer.config import Parser, Settings, UserError, gather, names, no_such, read_yaml
 from trainer.fields import Count, CountOrZero, PathName, checked
 from trainer.stages import STAGES
@@ -152,13 +153,13 @@ def parse(argv: list[str] | None = None) -> tuple[dict[str, Request], list[str]]
         parser.print_help()
         raise SystemExit(0)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--stage", choices=ORDER)  # as trainer/run.py takes it
+    peek.add_argument("--stage", choices=(*ORDER, ALL))  # as trainer/run.py takes it
     try:
         known, trainers = peek.parse_known_args(trainers)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if known.stage:
-        own += ["--stages", known.stage]
+        own += ["--stages", *(CHAIN if known.stage == ALL else [known.stage])]
     for option in ("--stages", "--setup", "--sweep"):
         own = gather(own, option)
 

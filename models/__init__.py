@@ -9,10 +9,11 @@ from .backbones import (
     notes,
     take_any_size,
 )
+from .card import CARD, licence_of, model_card
 from .checkpoints import read_weights
 from .export import load, read_config, save
 from .heads import HEADS, IGNORE, Head, build_head
-from .hub import unsoftmax
+from .hub import push_to_hub, unsoftmax
 from .linear_attention import LinearAttention
 from .linearize import (
     ViT,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADDITIONS",
     "BLOCK_MODULES",
+    "CARD",
     "HEADS",
     "IGNORE",
     "OPERATORS",
@@ -48,13 +50,16 @@ __all__ = [
     "check_image_size",
     "check_linearizable",
     "fingerprint",
+    "licence_of",
     "linear_attention",
     "linear_blocks",
     "linearize",
     "load",
     "match_dtypes",
+    "model_card",
     "note_image_size",
     "notes",
+    "push_to_hub",
     "read_config",
     "read_weights",
     "rotary_embeddings",

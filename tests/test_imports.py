@@ -21,6 +21,7 @@ ALLOWED = {"trainer/run.py": {"jobs"}}
 # The floors of trainer/, from the top down. A module imports what lies below its floor, or in its own room.
 FLOORS = [
     {"trainer.run"},
+    {"trainer.call", "trainer.chain"},
     {"trainer.main"},
     {"trainer.probe", "trainer.report"},
     {"trainer.setup"},

@@ -1,0 +1,5 @@
+"""The program; from Python `convert`."""
+
+from trainer.call import convert
+
+__all__ = ["convert"]

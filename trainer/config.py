@@ -64,7 +64,7 @@ class Common:
     """The settings that all stages share."""
 
     stage: Literal[tuple(STAGES)]
-    """The stage: 1 attention alignment, 2 feature alignment, 3 supervised fine-tuning, or probe."""
+    """The stage: 1 attention alignment, 2 feature alignment, 3 supervised fine-tuning; probe; all runs 1, 2 and 3."""
     task: Literal[TASKS] = TASKS[0]
     """What stage 3 learns."""
     run: PathName | None = None
@@ -84,6 +84,10 @@ class Common:
     # Set by `parse`: the file whose settings came first, and where that is the run's own, what was typed beyond it.
     source: ClassVar[str] = ""
     changed: ClassVar[tuple[str, ...]] = ()
+    # Set by `parse`: the arguments.
+    typed: ClassVar[tuple[str, ...]] = ()
+    # Set by `trainer.setup.prepare`: the .beton files that were written of images, by "train" and "val".
+    files: ClassVar[dict[str, Path] | None] = None
 
 
 OF_STAGES = {name: kind for place in _places() for name, kind in _room(place).items()}
@@ -181,7 +185,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
     argv = gather(["--dry_run=true" if arg == "--dry_run" else arg for arg in argv], "--probe.test")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("config", "stage", "task", "run", "teacher.name"):
+    for option in ("config", "stage", "task", "run", "teacher.name", "data.train"):
         peek.add_argument(f"--{option}", dest=option.replace(".", "_"))
     try:
         typed, _ = peek.parse_known_args(argv)
@@ -198,20 +202,29 @@ def parse(argv: list[str] | None = None) -> Settings:
         parser.print_help()
         raise SystemExit(0)
     if typed.stage is None:
-        raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}")
+        raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}, or all")
     source = find_source(typed)
     recipe = read_recipe(source, typed.stage, typed.task)
     if typed.teacher_name:
         recipe = merge(recipe, {"teacher": {"name": typed.teacher_name}})
+    if brings_validation(typed.data_train) and typed.data_train != (recipe.get("data") or {}).get("train"):
+        recipe = merge(recipe, {"data": {"val": None}})
     as_recipe = [f"--recipe={yaml.safe_dump(recipe)}"]
     settings = _build(Settings, parser.parse_args([*as_recipe, *argv]))
     settings.run = settings.run or str(Path("runs") / source.stem)
-    settings.source = str(source)
+    settings.source, settings.typed = str(source), tuple(argv)
     if source.is_relative_to(Path(settings.run)):
         begun = as_dict(_build(Settings, parser.parse_args([*as_recipe, "--stage", typed.stage])))
         settings.changed = differences(begun, as_dict(settings))
     _resolve(settings)
     return settings
+
+
+def brings_validation(train: str | None) -> bool:
+    """Whether these are images in place of a .beton file: a recipe's data.val belongs to other images."""
+    return train not in (None, "digits") and (
+        train.startswith("hf:") or Path(train).suffix in (".parquet", ".tar") or Path(train).expanduser().is_dir()
+    )
 
 
 def find_source(typed: argparse.Namespace) -> Path:

@@ -17,12 +17,13 @@ from trainer.output.tracking import Tracker
 from trainer.probe.quick import QuickProbe
 from trainer.ranks.errors import MachineError, explain
 from trainer.ranks.shared import check_shared
-from trainer.ranks.signals import StopFlag
+from trainer.ranks.signals import STOPPED, StopFlag, Stopped
 from trainer.ranks.watchdog import MISTAKE, Watchdog
 from trainer.ranks.world import World, check_driver, join, leave, this_process
 from trainer.setup.build import Job, build, check_unchanged
 from trainer.setup.dry_run import describe
 from trainer.setup.inputs import loaders, reading_order
+from trainer.setup.prepare import prepare, say_stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +40,14 @@ def main(argv: list[str] | None = None) -> int:
             settings = parse(argv)
             stage = stage_of(settings)
             if not isinstance(stage, type):  # a module with a run of its own
+                if not settings.dry_run:
+                    with user_errors():
+                        prepare(settings, me, should_stop)
                 return stage.run(settings, me, should_stop)
             return run(settings, me, should_stop)
+        except Stopped:
+            say_stopped(me)
+            return STOPPED
         except (UserError, DamagedError) as error:
             return watchdog.fail(error)
         except Exception as error:
@@ -56,6 +63,8 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
     with user_errors():
         config = deepspeed_config(settings, me.size)
         folder.check(settings)
+        if not settings.dry_run and not folder.complete:
+            prepare(settings, me, should_stop)
         job = build(settings, me)
     if not settings.dry_run and not folder.complete:
         folder.claim(settings, me.rank)
@@ -136,7 +145,7 @@ def train_stage(
         )
         state = job.stage.export(engine)
         if me.rank == 0:
-            folder.write_export(state, job.export)
+            folder.write_export(state, job.export, settings)
             tracker.info(f"stage {settings.stage} is done: {folder.export}")
     train_data.close()
     tracker.close()

@@ -1,19 +1,21 @@
-"""The door: `deepspeed trainer/run.py --stage {1,2,3,probe} [--config RECIPE] [--group.name value ...]`."""
+"""The door: `deepspeed trainer/run.py --stage {1,2,3,probe,all} [--config RECIPE] [--group.name value ...]`."""
 
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 # The launcher starts this file by its path; the packages lie beside its folder.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def check_settings() -> None:
-    """Answers a mistake, or --help, before torch and the rest are imported, which takes seconds."""
-    from trainer.config import UserError, parse
+def answer(ask: Callable[[], Any]) -> Any:
+    """What `ask` gives. A mistake ends here, before torch and the rest are imported, which takes seconds."""
+    from trainer.config import UserError
 
     try:
-        parse()
+        return ask()
     except UserError as error:
         rank, of_rank = os.environ.get("RANK", "0"), ""
         if rank != "0":
@@ -29,7 +31,12 @@ if __name__ == "__main__":
         from jobs.submit import main as submit
 
         sys.exit(submit())
-    check_settings()
+    from trainer import chain
+    from trainer.config import parse
+
+    if chain.is_asked(sys.argv[1:]):
+        sys.exit(answer(chain.main))
+    answer(parse)
     from trainer.main import main
     from trainer.ranks.world import end
 

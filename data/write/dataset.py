@@ -14,11 +14,10 @@ from typing import Any
 from data import corrupt
 from data.beton import inspect, side_digest, side_file
 from data.decode import IGNORE
+from data.given import name_of
 from data.images import MAX_SIDE
-from data.layouts import Arrays, Files
 from data.paths import expand
-from data.segmentation import Pairs
-from data.sources import ImageFolder, splits_among
+from data.sources import splits_among
 from data.write import side
 from data.write.items import Corrupted, Items
 from data.write.pages import fields_of, page_size_for, write_pages
@@ -106,7 +105,6 @@ def write(
             raise ValueError(f"classes of {part}s are given, but the items have no {part}{_among(read.unused)}")
     if progress and read.unused:
         print(f"not used of the items: {', '.join(read.unused)}", file=sys.stderr)
-    name_of = dataset.name if isinstance(dataset, ImageFolder | Files | Arrays | Pairs) else "item {}".format
     unused, left = read.unused, getattr(dataset, "passed_over", ())
 
     cores = len(os.sched_getaffinity(0))
@@ -115,7 +113,7 @@ def write(
     side_aside = out.with_name(f".{out.name}.{os.getpid()}.json.tmp")
     try:
         unreadable, pixels = write_pages(read, aside, fields, page_size_for(max_side), workers or cores, progress)
-        skipped = [{"name": name_of(index), "reason": reason} for index, reason in sorted(unreadable.items())]
+        skipped = [{"name": name_of(dataset, index), "reason": reason} for index, reason in sorted(unreadable.items())]
         if skipped:
             _report(skipped, len(dataset), progress)
         if skipped and (not skip_unreadable or len(skipped) == len(dataset)):

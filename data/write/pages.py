@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def _write_once(read: Samples, path: Path, fields: dict, page_size: int, workers
     try:
         for process in processes:
             process.start()
-        with tqdm(total=count, unit="image", disable=not progress, desc=path.name.split(".")[1]) as bar:
+        name, pause = path.name.split(".")[1], 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log is kept short
+        with tqdm(total=count, unit="image", disable=not progress, desc=name, mininterval=pause) as bar:
             while finished < len(processes):
                 bar.update(done.value - bar.n)
                 try:

@@ -1,5 +1,6 @@
 """Exports by timm's own ways, from a folder and from a hub."""
 
+import base64
 import http.server
 import json
 import os
@@ -12,9 +13,22 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
-from models import Segmenter, build_backbone, build_head, fingerprint, linear_blocks, linearize, load, save
+from models import (
+    Segmenter,
+    build_backbone,
+    build_head,
+    fingerprint,
+    licence_of,
+    linear_blocks,
+    linearize,
+    load,
+    model_card,
+    push_to_hub,
+    read_config,
+    save,
+)
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -80,17 +94,43 @@ def test_what_is_no_export_is_said(export):
             timm.create_model(f"local-dir:{export}", pretrained=pretrained)
 
 
-def test_from_a_hub(export, tmp_path):
+def test_to_a_hub_and_back(export, tmp_path):
+    repository = tmp_path / "someone/vit"
+    repository.mkdir(parents=True)
+
     class Hub(http.server.SimpleHTTPRequestHandler):
-        """A repository `someone/vit`, as the hub answers for its files."""
+        """The hub, as far as `huggingface_hub` asks it for one repository."""
 
         def translate_path(self, path):
-            return str(export / path.rpartition("/")[2])
+            return str(repository / path.rpartition("/")[2])
 
         def end_headers(self):
             self.send_header("X-Repo-Commit", "c" * 40)
             self.send_header("ETag", f'"{Path(self.path).name}"')
             super().end_headers()
+
+        def do_POST(self):
+            place = f"http://{self.headers['Host']}/someone/vit"
+            sent = [json.loads(line) for line in self.rfile.read(int(self.headers["Content-Length"])).splitlines()]
+            if self.path == "/api/validate-yaml":  # of the card
+                answer = {"errors": [], "warnings": []}
+            elif "/preupload/" in self.path:
+                answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                    for file in sent[0]["files"]]}  # fmt: skip
+            elif "/commit/" in self.path:
+                for line in sent[1:]:
+                    (repository / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+                answer = {"commitUrl": f"{place}/commit/{'c' * 40}", "commitOid": "c" * 40}
+            else:
+                assert self.path == "/api/repos/create" and self.headers["Authorization"] == "Bearer hf_secret"
+                assert sent[0]["name"] == "vit"
+                answer = {"url": place}
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
@@ -98,7 +138,8 @@ def test_from_a_hub(export, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         script = (
-            "import timm, models; vit = timm.create_model('hf-hub:someone/vit', pretrained=True); "
+            f"import timm, models; print(models.push_to_hub({str(export)!r}, 'someone/vit', token='hf_secret')); "
+            "vit = timm.create_model('hf-hub:someone/vit', pretrained=True); "
             "print(models.fingerprint(vit), models.fingerprint(models.load('hf-hub:someone/vit')))"
         )
         env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {
@@ -109,11 +150,36 @@ def test_from_a_hub(export, tmp_path):
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
         server.shutdown()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [fingerprint(load(export))] * 2
+    commit = f"http://127.0.0.1:{server.server_port}/someone/vit/commit/{'c' * 40}"
+    assert done.stdout.split() == [commit, *[fingerprint(load(export))] * 2]
+    assert {path.name for path in repository.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    card = ModelCard.load(repository / "README.md")
+    assert card.data.library_name == "timm" and card.data.license == "unknown" and "# vit\n" in card.text
+    assert 'load("hf-hub:someone/vit")' in card.text and "`elu1`" in card.text and "| 1, 2 |" in card.text
 
 
-def test_a_hub_that_has_no_such_export(monkeypatch, tmp_path):
+def test_the_card_says_what_from_what(export):
+    teacher = "vit_small_patch14_dinov2.lvd142m"
+    assert licence_of(teacher) == "apache-2.0" and licence_of("local-dir:some") is None
+    data = [{"stage": "2", "train": "photos", "trained": "backbone", "image_size": [32, 64]}]
+    config = read_config(export) | {"lineage": {"teacher": {"name": teacher, "sha256": "abc"}, "data": data}}
+    text = model_card(config, "apache-2.0", {"top1": 81.25, "step": 3}, "held out", ["python trainer/run.py --stage 2"])
+    head = ModelCard(text).data
+    assert (head.license, head.base_model, head.pipeline_tag) == (
+        "apache-2.0", f"timm/{teacher}", "image-classification",
+    )  # fmt: skip
+    for said in (
+        "| stage 2 | trained backbone on `photos`, 32 x 64 pixels |", "| top-1 (%) | 81.25 |", "images of `held out`",
+        "python trainer/run.py --stage 2", "apache-2.0, as timm says", "| crop pct | `0.8` |", "tells 5 classes",
+    ):  # fmt: skip
+        assert said in text
+
+
+def test_a_hub_that_has_no_such_export(monkeypatch, export):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    save_to = re.escape("hf-hub:someone/vit: cannot be put there")
+    with pytest.raises(ValueError, match=save_to):
+        push_to_hub(export, "someone/vit")
     for name in ("someone/none", "some one/no*ne"):
         with pytest.raises(ValueError, match=f"hf-hub:{re.escape(name)}: no export can be had") as error:
             load(f"hf-hub:{name}")

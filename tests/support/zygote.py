@@ -159,6 +159,7 @@ def serve() -> None:
     while len(os.listdir("/proc/self/task")) > 1:  # the decoders' are on their way out
         assert time.monotonic() < end, "a thread would be missing in every child"
         time.sleep(0.01)
+    os.register_at_fork(after_in_child=renew_thread_pool)  # `--stage all` forks again
     for line in sys.stdin:
         request = json.loads(line)
         if request.pop("do") == "fork":
@@ -167,7 +168,6 @@ def serve() -> None:
                 answers.close()
                 become(**request)
                 os.environ.update(set_by_imports)
-                renew_thread_pool()
                 return
         else:
             pid, status = os.waitpid(request["pid"], os.WNOHANG)

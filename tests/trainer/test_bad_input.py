@@ -392,7 +392,7 @@ def test_no_space_left_for_the_export_or_the_settings(small: Path, disk: Path) -
     folder = StageFolder(settings)
     config = {"backbone": {"name": "vit_tiny_patch16_224", "kwargs": {}}, "attention": {"linear_blocks": [0]}}
     with pytest.raises(UserError, match=r"export: cannot be written .*[Nn]o space left.*make room"):
-        folder.write_export({"weight": torch.zeros(1_000_000)}, config)
+        folder.write_export({"weight": torch.zeros(1_000_000)}, config, settings)
     assert not folder.complete
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:

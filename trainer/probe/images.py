@@ -8,7 +8,7 @@ import numpy as np
 import data
 from data.beton import open_checked
 from trainer.config import Settings, UserError
-from trainer.setup.build import inspect_data
+from trainer.setup.cache import inspect_data
 from trainer.stages.classes import check_same_classes
 
 

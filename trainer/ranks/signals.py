@@ -1,6 +1,7 @@
 """Stop on a signal: it sets a flag on the rank that receives it, and all ranks stop together."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -30,7 +31,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.set = False
+        self.set = self._raises = False
 
     def __enter__(self) -> "StopFlag":
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -44,13 +45,29 @@ class StopFlag:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal raises Stopped, wherever the program is: where there are no steps to wait for."""
+        self._raises = True
+        try:
+            if self.set:
+                raise Stopped
+            yield
+        finally:
+            self._raises = False
+
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.set = True
+        if self._raises:
+            self._raises = False  # once
+            raise Stopped
 
     def _watch(self, launchers: list[psutil.Process]) -> None:
         while all(map(_lives, launchers)):
             time.sleep(1)
         self.set = True
+        if self._raises:
+            os.kill(os.getpid(), SIGNALS[0])
 
     def raise_if_set(self, device: torch.device) -> None:
         """Raises Stopped on all ranks when any was asked to stop; a collective."""
@@ -75,7 +92,7 @@ def _launchers() -> list[psutil.Process]:
     """DeepSpeed's launcher on this machine, and the command `deepspeed` above it, if there are any."""
     found = []
     with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents()[:2]:
+        for process in psutil.Process().parents()[:3]:  # with --stage all below it
             command = process.cmdline()
             if "deepspeed.launcher.launch" in command or any(Path(word).name == "deepspeed" for word in command[:2]):
                 found.append(process)

@@ -84,10 +84,10 @@ class Watchdog:
         """The thread of every rank: it ends the process when rank 0 says so, or is gone."""
         try:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            key = f"watchdog-{_command()}"
+            key = f"watchdog-{command_digest()}"
             serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
             if not serves:
-                _await(address, self.start)  # torch's store would wait too, but print warnings
+                await_address(address, self.start)  # torch's store would wait too, but print warnings
             # On rank 0 the process group shares this store, since the address is the same.
             self._store = TCPStore(
                 *address, is_master=serves, timeout=timedelta(seconds=self.start),
@@ -216,7 +216,7 @@ class _Peer:
             self.connection.sendall(_encode(message))
 
 
-def _await(address: tuple[str, int], seconds: float) -> None:
+def await_address(address: tuple[str, int], seconds: float) -> None:
     """Wait until something listens there. Raises OSError when nothing does after `seconds`."""
     until = time.monotonic() + seconds
     while True:
@@ -228,7 +228,7 @@ def _await(address: tuple[str, int], seconds: float) -> None:
         time.sleep(0.2)
 
 
-def _command() -> str:
+def command_digest() -> str:
     """A digest of the command line, which all ranks share: it tells our rank 0 from another run's at this address."""
     typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     return hashlib.sha256(json.dumps(typed).encode()).hexdigest()[:16]

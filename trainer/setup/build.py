@@ -11,10 +11,11 @@ from trainer.config import Settings, UserError, stage_of
 from trainer.engine.engine import accumulation
 from trainer.ranks.world import World
 from trainer.setup import resolution
+from trainer.setup.cache import inspect_data
 from trainer.setup.hybrid import chosen_blocks
 from trainer.setup.student import build_student
 from trainer.setup.teacher import build_teacher, input_of, is_trained
-from trainer.stages.base import Infos, Stage
+from trainer.stages.base import Stage
 
 
 @dataclass
@@ -31,20 +32,6 @@ class Job:
     sizes: list[resolution.Phase]  # of the training images
     images: str = ""  # how images reach the model, and how a batch is split, in words
     notes: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
-
-
-def inspect_data(settings: Settings) -> Infos:
-    """What data.train and data.val hold.
-
-    Raises:
-        UserError: the settings name no training images.
-        ValueError, OSError: a file is not there or damaged.
-    """
-    if settings.data.train is None:
-        raise UserError("data.train: which images to train on is missing; give a file with --data.train FILE.beton, "
-                        "which python -m data.write FOLDER FILE.beton makes")  # fmt: skip
-    given = {"train": settings.data.train, "val": settings.data.val}
-    return {split: data.inspect(data.resolve(spec, split)) for split, spec in given.items() if spec}
 
 
 def build(settings: Settings, me: World) -> Job:
@@ -70,6 +57,7 @@ def build(settings: Settings, me: World) -> Job:
     seen = {"stage": settings.stage, "train": Path(settings.data.train).name, "sha256": infos["train"].sha256}
     seen |= {"image_size": given["image_size"], "trained": settings.student.trainable or kind.trainable}
     seen |= {"val": infos["val"].sha256 if "val" in infos else None}
+    seen |= {f"{split}_samples": info.samples for split, info in infos.items()}
     lineage |= {"stages": [*lineage["stages"], settings.stage], "data": [*lineage["data"], seen]}
 
     stage = kind(settings, student, teacher if kind.compares and is_trained(settings) else None, num_classes, infos)
@@ -146,6 +134,9 @@ def check_unchanged(settings: Settings, job: Job, step: int, kept: dict[str, Any
     )
     for group, name, was, is_now in files:
         path = getattr(getattr(settings, group), name)
+        samples = f"{name}_samples"
+        if group == "data" and had.get(samples) and had[samples] == has.get(samples):
+            continue  # written again, by several processes: the same samples elsewhere in the file
         if was != is_now if None not in (was, is_now) else before[group].get(name) != path:
             named = path or settings.teacher.name
             raise UserError(

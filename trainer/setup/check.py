@@ -16,7 +16,7 @@ from trainer.config import Settings, UserError, parse, stage_of
 from trainer.engine.engine import accumulation, deepspeed_config
 from trainer.output.folder import StageFolder
 from trainer.ranks.world import end
-from trainer.setup.build import inspect_data
+from trainer.setup.cache import inspect_data
 from trainer.setup.student import convert
 from trainer.setup.teacher import build_teacher, input_of
 

@@ -14,6 +14,7 @@ from trainer.config import Settings
 from trainer.engine.engine import DeepSpeedZeroConfig, accumulation, offloads
 from trainer.ranks.world import World
 from trainer.setup.build import Job
+from trainer.setup.cache import notes
 from trainer.setup.resolution import Size, pair
 from trainer.stages.base import Stage
 
@@ -35,7 +36,8 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     known = DeepSpeedZeroConfig(**config["zero_optimization"])
     memory = memory_bytes(trained, frozen, teacher, known, me.size, bf16, offload, activations, accumulate)
     groups = [group for group in stage.parameter_groups() if group["params"]]
-    unverified = [str(info.path) for info in (job.train, job.val) if info is not None and info.digest is None]
+    infos = [info for info in (job.train, job.val) if info is not None]
+    unverified = [str(info.path) for info in infos if info.digest is None and info.fields]  # those that are written
     lines = [
         f"stage {settings.stage}: {stage.name}",
         f"starts from: {job.start}",
@@ -50,6 +52,7 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
             for group in groups
         ),
         f"images: {job.train.num_samples:,} to train on, {job.val.num_samples if job.val else 0:,} to evaluate on",
+        *notes(settings),
         *(f"note: {note}" for note in job.notes),
         *(f"written without checksums, damage to its images goes unnoticed: {path}" for path in unverified),
         f"steps: {job.steps:,} of {settings.train.batch_size} images "

@@ -91,6 +91,9 @@ def ranking(
             return kept
     except (OSError, ValueError, TypeError, KeyError):
         pass  # none yet, or damaged: the measurement gives the same again
+    if not train.path.is_file():
+        raise UserError(f"student.keep_softmax {settings.student.keep_softmax}: is measured on the training images, "
+                        "which are not written yet; leave it out of the dry run, or name the blocks")  # fmt: skip
     loader = data.eval_loader(
         train.path, image_size=given["image_size"], batch_size=BATCH, crop_pct=given["crop_pct"], mean=given["mean"],
         std=given["std"], device=me.device, workers=settings.data.workers,

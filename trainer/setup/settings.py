@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from trainer.fields import Count, Fraction, Interval, OptionalPath, PathName, Probability, Shares, checked
+from trainer.fields import BelowOne, Count, Fraction, Interval, OptionalPath, PathName, Probability, Shares, checked
 from trainer.setup.resolution import ImageSize, Resolutions
 
 Auto = checked(str, "auto:K for K blocks", lambda v: re.fullmatch(r"auto:[1-9]\d*", v))
@@ -54,14 +54,21 @@ class Student:
 
 @dataclass
 class Data:
-    """Images, as .beton files that `python -m data.write` makes."""
+    """Images: .beton files, or what is written as such into a cache first."""
 
-    free: ClassVar = frozenset({"workers", "train", "val"})  # the files are compared by what they hold
+    # The files are compared by what they hold.
+    free: ClassVar = frozenset({"workers", "train", "val", "val_share", "max_side", "cache"})
 
     train: OptionalPath = None
-    """A .beton file to train on, or digits, the embedded data set."""
+    """Images to train on: a folder, Parquet or WebDataset shards, hf:OWNER/NAME; a .beton file; digits is embedded."""
     val: OptionalPath = None
-    """A .beton file to evaluate on, digits, or none."""
+    """Images to evaluate on, likewise; by default the val split of such images, or a held-out share of them."""
+    val_share: BelowOne = 0.1
+    """Share of each class that is held out to evaluate on, where images are given without any of a val split."""
+    max_side: Count | None = 1024
+    """Pixels to which a longer side is shrunk when images are written; at least data.image_size."""
+    cache: OptionalPath = None
+    """Folder of the .beton files that are written of images; by default ~/.cache/unsoftmax/images."""
     image_size: ImageSize | None = None
     """Pixels: a side, or [height, width]; by default the teacher's."""
     resolutions: Resolutions = field(default_factory=list)

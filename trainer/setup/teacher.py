@@ -55,7 +55,14 @@ def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
     chosen = settings.teacher
     # Of a local file all its tensors; else the blocks, which change with no image size and no head.
     sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
-    return {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": sha256}
+    return {"name": without_folder(chosen.name), "kwargs": chosen.kwargs, "sha256": sha256}
+
+
+def without_folder(name: Any) -> Any:
+    """A teacher's name as a lineage has it: of a folder on this disk, as in `local-dir:FOLDER`, its own name alone."""
+    source, colon, place = name.partition(":") if isinstance(name, str) else ("", "", "")
+    folder = Path(place).expanduser() if colon else Path()
+    return f"{source}:{folder.name}" if colon and (folder.is_absolute() or folder.is_dir()) else name
 
 
 def check_lineage(
@@ -65,6 +72,9 @@ def check_lineage(
     theirs = models.read_config(parent).get("lineage")
     if isinstance(theirs, dict) and "feature_map" in theirs:  # of an earlier version
         theirs |= {"operator": theirs.pop("feature_map"), "operator_kwargs": {}, "additions": []}
+    of_teacher = theirs.get("teacher") if isinstance(theirs, dict) else None
+    if isinstance(of_teacher, dict) and "name" in of_teacher:
+        of_teacher["name"] = without_folder(of_teacher["name"])  # earlier versions had all of it
     for field in (*fields, "stages", "data"):
         try:
             was = _get(theirs, field)

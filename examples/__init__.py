@@ -1,0 +1,1 @@
+"""Short scripts that use what is here; `tools/write_notebook.py` makes the notebook of them."""
