@@ -9,7 +9,7 @@ from .backbones import (
     notes,
     take_any_size,
 )
-from .checkpoints import read_weights
+from .checkpoints import check_finite, read_weights
 from .export import load, read_config, save
 from .heads import HEADS, IGNORE, Head, build_head
 from .hub import unsoftmax
@@ -25,6 +25,7 @@ from .linearize import (
 )
 from .operators import ADDITIONS, OPERATORS, linear_attention
 from .segmenter import Segmenter, backbone_of
+from .sources import folder_of, is_name, open_model
 from .taps import BLOCK_MODULES, tap_names, taps
 
 __version__ = "0.1.0"
@@ -44,9 +45,12 @@ __all__ = [
     "borrowed_attention",
     "build_backbone",
     "build_head",
+    "check_finite",
     "check_image_size",
     "check_linearizable",
     "fingerprint",
+    "folder_of",
+    "is_name",
     "linear_attention",
     "linear_blocks",
     "linearize",
@@ -54,6 +58,7 @@ __all__ = [
     "match_dtypes",
     "note_image_size",
     "notes",
+    "open_model",
     "read_config",
     "read_weights",
     "rotary_embeddings",

@@ -22,6 +22,7 @@ ALLOWED = {"trainer/run.py": {"jobs"}}
 FLOORS = [
     {"trainer.run"},
     {"trainer.main"},
+    {"trainer.evaluate"},
     {"trainer.probe"},
     {"trainer.setup"},
     {"trainer.loop", "trainer.stages"},
