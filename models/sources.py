@@ -14,7 +14,7 @@ def open_model(source: str, image_size: int | tuple[int, int] | None = None, pre
     """The model in eval mode, fp32, on the CPU.
 
     Args:
-        source: the folder of an export, `hf-hub:OWNER/NAME` of one, or a name of timm's.
+        source: the folder of an export, `hf-hub:OWNER/NAME` of one, a name of timm's, or `hf:...`, see `hf`.
         image_size: pixels, a side or (height, width); by default the model's own.
         pretrained: False leaves the weights of a timm name random.
 
@@ -36,7 +36,9 @@ def open_model(source: str, image_size: int | tuple[int, int] | None = None, pre
 
 
 def is_name(source: str) -> bool:
-    """Whether it is a name of timm's, and no folder."""
+    """Whether it is a name of timm's, and no folder; or one of transformers' checkpoints, `hf:...`."""
+    if source.startswith("hf:"):
+        return True
     return not Path(source).exists() and timm.is_model(source.removeprefix("timm/").split(".")[0])
 
 

@@ -128,7 +128,7 @@ def source_of(settings: Settings) -> str | None:
 def described(source: str) -> tuple[str, dict[str, Any]]:
     """timm's name of what is behind a source, and the config of an export."""
     if models.is_name(source):
-        return source.removeprefix("timm/"), {}
+        return models.architecture(source)[0], {}
     config = models.read_config(models.folder_of(source))
     return config["backbone"]["name"], config
 

@@ -54,8 +54,13 @@ def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
     """What an export says of the teacher that it comes from."""
     chosen = settings.teacher
     # Of a local file all its tensors; else the blocks, which change with no image size and no head.
-    sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
-    return {"name": chosen.name, "kwargs": chosen.kwargs, "sha256": sha256}
+    sha256 = None  # of shapes alone, as a dry run without weights has them
+    if not next(teacher.parameters()).is_meta:
+        sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
+    source, _, place = chosen.name.partition(":")
+    # Where a folder lies on this disk is nobody's business.
+    name = f"hf:{Path(place).name}" if source == "hf" and Path(place).expanduser().is_dir() else chosen.name
+    return {"name": name, "kwargs": chosen.kwargs, "sha256": sha256}
 
 
 def check_lineage(

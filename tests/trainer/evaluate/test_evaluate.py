@@ -84,23 +84,19 @@ def argv(folder: Path, run: Path, *options: str) -> list[str]:
     return ["--config", str(folder / "recipe.yaml"), "--stage", "evaluate", "--run", str(run), *QUICK, *options]
 
 
-LABELS = ("--evaluate.measures", "[knn,probe,head,zero_shot,agreement]", "--evaluate.pooling", "[pooled,both]")
+def everything(folder: Path) -> list[str]:
+    texts = ["--evaluate.class_embeddings", str(folder / "texts.safetensors"), "--evaluate.pooling", "[pooled,both]"]
+    texts += ["--student.parent", str(folder / "student"), "--evaluate.beside", f"other={folder / 'other'}"]
+    return [*QUICK, *texts, "--evaluate.measures", "[knn,probe,head,zero_shot,agreement]"]
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """results.json of all that needs labels, on one rank."""
-    run = tmp_path_factory.mktemp("evaluate")
-    more = [
-        "--student.parent",
-        str(folder / "student"),
-        "--evaluate.class_embeddings",
-        str(folder / "texts.safetensors"),
-    ]
-    assert main(argv(folder, run, *more, *LABELS, "--evaluate.beside", f"other={folder / 'other'}")) == 0
-    results = json.loads((run / "evaluate/results.json").read_text())
-    assert not (run / "evaluate/features").exists()
-    return results
+    done = run_trainer(folder, tmp_path_factory.mktemp("evaluate"), "evaluate", *everything(folder))
+    assert done.code == 0, done.err
+    assert not (done.folder / "features").exists()
+    return json.loads((done.folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +174,8 @@ def test_the_probe_is_scikit_learns_on_both_tokens(folder: Path, alone: dict, by
     for split, of in by_hand.items():
         tokens = of["student"][0]
         x[split] = torch.cat([tokens[:, 0], tokens.mean(1)], 1).numpy()
-    plan = make_plan(parse(argv(folder, folder / "none", *LABELS, "--student.parent", str(folder / "student"))),
-                     StageFolder(parse(argv(folder, folder / "none"))))  # fmt: skip
+    settings = parse(argv(folder, folder / "none", *everything(folder)))
+    plan = make_plan(settings, StageFolder(settings))
     fit = plan.store.splits["fit"].indices
     normal = Normalizer().fit(x["train"])
     scaler = StandardScaler().fit(normal.transform(x["train"][fit]))
@@ -191,14 +187,7 @@ def test_the_probe_is_scikit_learns_on_both_tokens(folder: Path, alone: dict, by
 
 
 def test_two_ranks_say_the_same(folder: Path, alone: dict, tmp_path: Path) -> None:
-    more = [
-        "--student.parent",
-        str(folder / "student"),
-        "--evaluate.class_embeddings",
-        str(folder / "texts.safetensors"),
-    ]
-    more += [*LABELS, "--evaluate.beside", f"other={folder / 'other'}", *QUICK, "--probe.keep_features", "true"]
-    done = run_trainer(folder, tmp_path, "evaluate", *more, ranks=2)
+    done = run_trainer(folder, tmp_path, "evaluate", *everything(folder), ranks=2)
     assert done.code == 0, done.err
     theirs = json.loads((tmp_path / "evaluate/results.json").read_text())
     assert [row | {"value": 0, "low": 0, "high": 0} for row in theirs["results"]] == [
@@ -211,23 +200,22 @@ def test_two_ranks_say_the_same(folder: Path, alone: dict, tmp_path: Path) -> No
 
 def test_images_without_labels_and_another_evaluation(folder: Path, tmp_path: Path, capsys) -> None:
     """The copied weights beside the teacher; then another measure in the same run folder, and the same again."""
-    given = argv(folder, tmp_path, "--student.parent", "none", "--data.val", str(folder / "bare.beton"))
-    assert main([*given, "--evaluate.measures", "[agreement]"]) == 0
+    given = [*QUICK, "--student.parent", "none", "--data.val", str(folder / "bare.beton")]
+    done = run_trainer(folder, tmp_path, "evaluate", *given, "--evaluate.measures", "[agreement]")
+    assert done.code == 0, done.err
     first = (tmp_path / "evaluate/results.json").read_text()
     names = {row["measure"] for row in json.loads(first)["results"]}
     assert names == {"cosine to teacher", "same class as teacher", "common neighbours, k = 5"}
     sizes = ["--evaluate.sizes", "[32,48]", "--evaluate.measures", "[speed]", "--evaluate.seconds", "0.01"]
-    assert main([*given, *sizes]) == 0
+    assert run_trainer(folder, tmp_path, "evaluate", *given, *sizes).code == 0
     assert (tmp_path / "evaluate/results-1.json").read_text() == first
     second = (tmp_path / "evaluate/results.json").read_text()
     rows = json.loads(second)["results"]
     assert {(row["model"], row["size"]) for row in rows} == {(m, s) for m in ("teacher", "student") for s in (32, 48)}
     assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
-    capsys.readouterr()
-    assert main([*given, *sizes]) == 0
-    assert (
-        "the evaluation is complete" in (said := capsys.readouterr().out) and "throughput (48 pixels, batch 8)" in said
-    )
+    assert main(argv(folder, tmp_path, *given, *sizes)) == 0
+    said = capsys.readouterr().out
+    assert "the evaluation is complete" in said and "throughput (48 pixels, batch 8)" in said
     assert (tmp_path / "evaluate/results.json").read_text() == second
     assert not (tmp_path / "evaluate/results-2.json").exists()
 
@@ -235,7 +223,8 @@ def test_images_without_labels_and_another_evaluation(folder: Path, tmp_path: Pa
 def test_masks(folder: Path, tmp_path: Path) -> None:
     more = ["--student.parent", str(folder / "seg_student"), "--evaluate.beside", f"softmax={folder / 'seg_softmax'}"]
     more += ["--evaluate.models", "[student]", "--evaluate.measures", "[segmentation]"]
-    assert main(argv(folder, tmp_path, *more, "--data.val", str(folder / "masked_val.beton"))) == 0
+    more += [*QUICK, "--data.val", str(folder / "masked_val.beton")]
+    assert run_trainer(folder, tmp_path, "evaluate", *more, ranks=2).code == 0
     rows = {row["model"]: row for row in json.loads((tmp_path / "evaluate/results.json").read_text())["results"]}
     loader = data.original_loader(folder / "masked_val.beton", batch_size=1, workers=1, mean=[0.5] * 3, std=[0.5] * 3)
     for name in ("student", "softmax"):
