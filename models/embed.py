@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,30 +42,50 @@ class Embedded:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
+# A path, the timm model, images per batch and threads -> names and images [B, 3, H, W] as the model wants them; why a
+# file cannot be read is written into the mapping.
+Batches = Callable[[Path, nn.Module, int, int | None, dict[str, str]], Iterator[tuple[list[str], Tensor]]]
+
+
 def embed(
     model: nn.Module, folder: str | Path, batch_size: int = 32, tokens: bool = False, half: bool = False,
-    workers: int | None = None,
+    workers: int | None = None, batches_of: Batches | None = None,
 ) -> Embedded:  # fmt: skip
     """Features of all images below a folder, in the order of their names.
 
-    They are shown to the model as it says itself (`pretrained_cfg`), turned upright by their EXIF orientation, and are
-    held in memory.
+    They are shown to the model as it says itself (`pretrained_cfg`), turned upright by their EXIF orientation. All
+    features are held in memory.
 
     Args:
         model: what `load` gives, or any timm model, on its device.
         tokens: keep all tokens.
         half: keep the features in fp16.
         workers: threads that decode; by default one per core.
+        batches_of: reads something other than a folder.
 
     Raises:
         ValueError: there is no image that can be read.
         FileNotFoundError: no such folder.
     """
-    folder, found = Path(folder), Embedded()
-    names = image_names(folder)
-    net = backbone_of(model).eval()
-    transform = timm.data.create_transform(**given_to(net))
+    folder, found, net = Path(folder), Embedded(), backbone_of(model).eval()
     parameter, rows = next(net.parameters()), []
+    kind = torch.float16 if half else torch.float32
+    for names, images in (batches_of or of_folder)(folder, net, batch_size, workers, found.unreadable):
+        found.files += names
+        batch = images.to(parameter.device, parameter.dtype)
+        rows.append({key: x.to("cpu", kind) for key, x in read(net, batch, tokens).items()})
+    if not rows:
+        worst = next((f"; {name}: {why}" for name, why in found.unreadable.items()), "")
+        raise ValueError(f"{folder}: holds no image that can be read{worst}")
+    found.tensors = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+    return found
+
+
+def of_folder(
+    folder: Path, net: nn.Module, batch_size: int, workers: int | None, unreadable: dict[str, str]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Batches of the images below a folder; see `Batches`."""
+    transform = timm.data.create_transform(**given_to(net))
 
     def decode(name: str) -> Tensor | str:
         try:
@@ -74,19 +94,11 @@ def embed(
             return " ".join(str(error).split())[:200] or type(error).__name__
 
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        for part, images in _ahead(pool, decode, names, batch_size):
-            read_now = [image for image in images if isinstance(image, Tensor)]
-            found.unreadable |= {n: why for n, why in zip(part, images, strict=True) if isinstance(why, str)}
-            found.files += [n for n, image in zip(part, images, strict=True) if isinstance(image, Tensor)]
-            if read_now:
-                batch = torch.stack(read_now).to(parameter.device, parameter.dtype)
-                kind = torch.float16 if half else torch.float32
-                rows.append({key: x.to("cpu", kind) for key, x in read(net, batch, tokens).items()})
-    if not rows:
-        worst = next((f"; {name}: {why}" for name, why in found.unreadable.items()), "")
-        raise ValueError(f"{folder}: holds no image that can be read{worst}")
-    found.tensors = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-    return found
+        for names, images in _ahead(pool, decode, image_names(folder), batch_size):
+            good = {name: x for name, x in zip(names, images, strict=True) if isinstance(x, Tensor)}
+            unreadable |= {name: why for name, why in zip(names, images, strict=True) if isinstance(why, str)}
+            if good:
+                yield list(good), torch.stack(list(good.values()))
 
 
 @torch.no_grad()
@@ -124,8 +136,8 @@ def image_names(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         if folder.exists():
-            what = "a .beton file, whose features --stage evaluate reads" if folder.suffix == ".beton" else "a file"
-            raise ValueError(f"{folder}: is {what}; give a folder of images")
+            what = "; for a .beton file use python -m trainer.evaluate.embed" if folder.suffix == ".beton" else ""
+            raise ValueError(f"{folder}: is a file, no folder of images{what}")
         raise FileNotFoundError(f"{folder}: no such folder")
     found = []
     for place, folders, files in os.walk(folder):
@@ -155,7 +167,9 @@ def open_image(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _ahead(pool: ThreadPoolExecutor, decode, names: list[str], count: int) -> Iterator[tuple[list[str], list]]:
+def _ahead(
+    pool: ThreadPoolExecutor, decode: Callable[[str], Tensor | str], names: list[str], count: int
+) -> Iterator[tuple[list[str], list[Tensor | str]]]:
     """Batches of names and what `decode` gives of them; the next batch is decoded while one is used."""
     left, waiting = iter(names), None
     while True:
@@ -196,8 +210,8 @@ def _fail(message: object) -> int:
     return 2
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(arguments: Sequence[str] | None = None, batches_of: Batches | None = None) -> int:
+    """The command line; returns the exit status. `batches_of`: see `embed`."""
     parser = _Parser(prog=f"python -m {__spec__.name}", description="Features of a folder of images as safetensors.")
     parser.add_argument("model", help="an export's folder, hf-hub:OWNER/NAME of an export, or a name of timm's")
     parser.add_argument("folder", help="images, in any subfolders")
@@ -219,10 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--image_size {' '.join(map(str, size))}: give a side, or height and width, in pixels")
         if not Path(given.out).absolute().parent.is_dir():
             raise ValueError(f"{given.out}: its folder is not there; make it first")
-        image_names(Path(given.folder))  # a mistake before the model is read
+        if batches_of is None:
+            image_names(Path(given.folder))  # a mistake before the model is read
         model = open_model(given.model, None if size is None else (size[0], size[-1]))
         model = model.to(_device(given.device), torch.bfloat16 if given.bf16 else torch.float32)
-        found = embed(model, given.folder, given.batch_size, given.tokens, given.half, given.workers)
+        found = embed(model, given.folder, given.batch_size, given.tokens, given.half, given.workers, batches_of)
         write(found, given.out, model=given.model, input=given_to(backbone_of(model)))
     except (ValueError, OSError, SafetensorError) as error:
         return _fail(error)

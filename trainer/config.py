@@ -91,7 +91,7 @@ Settings = dataclasses.make_dataclass(
 Settings.__doc__ = "All settings of one stage's run: `Common`, and the groups of every stage."
 
 # May change between a run and its continuation: they alter nothing of what is learned. So may the `free` of a group.
-FREE = {"run", "dry_run", "deepspeed", "wandb"}
+FREE = {"run", "dry_run", "deepspeed", "wandb", "evaluate"}
 
 
 def place_of(settings: Common) -> str:

@@ -98,7 +98,7 @@ def test_mistakes_are_one_line(export, folder, tmp_path, capsys):
         (str(export), str(tmp_path / "none"), out): "none: no such folder",
         (str(export), str(tmp_path / "empty"), out): "empty: holds no image that can be read",
         (str(export), str(tmp_path / "bad"), out): "bad: holds no image that can be read; a.jpg: cannot identify",
-        (str(export), str(tmp_path / "a.beton"), out): "is a .beton file",
+        (str(export), str(tmp_path / "a.beton"), out): "a file, no folder of images; for a .beton file",
         (str(folder), str(folder), out): "no export there",
         ("vit_none", str(folder), out): "vit_none: no folder of an export, and no name of timm's",
         (str(export), str(folder), str(tmp_path / "no/out")): "no/out: its folder is not there",

@@ -1,7 +1,7 @@
 """Settings of the evaluation."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from trainer.fields import Count, Named, OptionalPath, Positive, non_empty
 
@@ -11,8 +11,6 @@ Measure = Literal["knn", "probe", "head", "zero_shot", "segmentation", "agreemen
 @dataclass
 class Evaluate:
     """A verdict on a model (--stage evaluate). Its probe, its batches and its features on disk: see probe."""
-
-    free: ClassVar = frozenset({"beside", "class_embeddings"})  # compared by what they hold
 
     measures: non_empty(Measure) | None = None
     """What is measured; by default all that models and images allow."""

@@ -233,7 +233,7 @@ def agreement(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
     features: dict[str, tuple[str, ...]] = {}
     for vector in plan.vectors:  # the first pooling
         features.setdefault(vector.model, vector.keys)
-    if images > k + 1:
+    if images > k + 1 and "teacher" in features:
         part, shares = np.array_split(np.arange(images), me.size)[me.rank], {}
         others = [name for name in features if name != "teacher"]
 

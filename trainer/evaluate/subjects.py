@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import models
 from trainer.config import Settings, UserError
-from trainer.setup.resolution import pair, plain
+from trainer.setup.resolution import Size, pair, plain
 from trainer.setup.student import convert
 from trainer.setup.teacher import INPUT_KEYS, TEACHER_FIELDS, build_teacher, check_lineage, is_trained, teacher_lineage
 
@@ -77,41 +77,58 @@ def subjects_of(settings: Settings) -> tuple[dict[str, Subject], dict[str, Any],
         UserError, ValueError, OSError: one line on what cannot be had, or does not fit.
     """
     options, source = settings.evaluate, source_of(settings)
-    wanted = options.models or ["teacher", "student"]
-    config = {} if source is None or models.is_name(source) else models.read_config(models.folder_of(source))
-    size = settings.data.image_size or (config.get("input") or {}).get("image_size")
-    settings = replace(settings, data=replace(settings.data, image_size=size))
-    found, notes = {}, []
+    wanted, notes = options.models or ["teacher", "student"], []
+    student = None if source is None else opened("student", source, settings.data.image_size)
+    config = {} if student is None else student.config
+    if student is not None:  # it says how it was shown its images, where the settings do not
+        size = settings.data.image_size or plain(size_of(student.net))
+        shown = {key: getattr(settings.data, key) or (config.get("input") or {}).get(key) for key in ("mean", "std")}
+        settings = replace(settings, data=replace(settings.data, image_size=size, **shown))
     teacher = None
     if "teacher" in wanted or settings.student.parent == "none":
         teacher, note = teacher_of(settings, config, must="teacher" in (options.models or ()))
         notes += [note] if note else []
-    if teacher is not None and "teacher" in wanted:
-        found["teacher"] = teacher
-    if "student" in wanted:
-        student = student_of(settings, source, config, teacher)
-        if student is not None:
-            found["student"] = student
-        elif options.models is not None:
-            raise UserError(
-                f"evaluate.models {options.models}: {settings.run} has no export; give one with --student.parent"
-            )
+    if teacher is not None and student is not None and "lineage" in config:
+        ours = {"teacher": teacher_lineage(settings, teacher.model)}
+        check_lineage(models.folder_of(source), ours, TEACHER_FIELDS)
+    if student is None and teacher is not None and settings.student.parent == "none":
+        copied = convert(settings, teacher.model)
+        student = Subject("student", copied, "the teacher's copied weights, no stage's", teacher.architecture)
+    if student is None and options.models and "student" in options.models:
+        raise UserError(
+            f"evaluate.models {options.models}: {settings.run} has no export; give one with --student.parent"
+        )
+    found = {s.name: s for s in (teacher, student) if s is not None and s.name in wanted}
     if not found:
         raise UserError(
             "which model to judge is missing; give --student.parent EXPORT, --teacher.name NAME or a --run with exports"
         )
-    first = found.get("teacher") or found["student"]
-    given = given_to(settings, first.net)
-    for name, _, place in (pair_.partition("=") for pair_ in options.beside):
-        model = models.open_model(place, pair(given["image_size"]))
-        found[name] = Subject(name, model, place, *described(place))
+    given = given_to(settings, next(iter(found.values())).net)
+    for name, _, place in (each.partition("=") for each in options.beside):
+        found[name] = opened(name, place, given["image_size"])
     return found, given, notes
 
 
+def opened(name: str, source: str, size: Size | None) -> Subject:
+    """A model by whatever names it, see `models.open_model`."""
+    model = models.open_model(source, None if size is None else pair(size))
+    if models.is_name(source):
+        return Subject(name, model, source, models.architecture(source)[0])
+    config = models.read_config(models.folder_of(source))
+    stages = (config.get("lineage") or {}).get("stages")
+    after = f" (after stage {' and '.join(stages)})" if stages else ""
+    return Subject(name, model, f"{source}{after}", config["backbone"]["name"], config)
+
+
+def size_of(net: nn.Module) -> tuple[int, int]:
+    """(height, width) in pixels that a model is built for; not every one is a ViT."""
+    own = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    return tuple(own or net.pretrained_cfg["input_size"][-2:])
+
+
 def given_to(settings: Settings, net: nn.Module) -> dict[str, Any]:
-    """`INPUT_KEYS`: how images are given; from the settings, else as the model wants them. Not every one is a ViT."""
-    own = getattr(getattr(net, "patch_embed", None), "img_size", None) or net.pretrained_cfg["input_size"][-2:]
-    given = vars(settings.data) | {"image_size": settings.data.image_size or plain(own)}
+    """`INPUT_KEYS`: how images are given; from the settings, else as the model wants them."""
+    given = vars(settings.data) | {"image_size": settings.data.image_size or plain(size_of(net))}
     given = {key: net.pretrained_cfg[key] if given[key] is None else given[key] for key in INPUT_KEYS}
     models.check_image_size(net, given["image_size"])
     return given
@@ -123,32 +140,6 @@ def source_of(settings: Settings) -> str | None:
         return None if settings.student.parent == "none" else settings.student.parent
     exports = (Path(settings.run) / f"stage{n}" / "export" for n in (3, 2, 1))
     return next((str(path) for path in exports if (path / "config.json").is_file()), None)
-
-
-def described(source: str) -> tuple[str, dict[str, Any]]:
-    """timm's name of what is behind a source, and the config of an export."""
-    if models.is_name(source):
-        return models.architecture(source)[0], {}
-    config = models.read_config(models.folder_of(source))
-    return config["backbone"]["name"], config
-
-
-def student_of(
-    settings: Settings, source: str | None, config: dict[str, Any], teacher: Subject | None
-) -> Subject | None:
-    """The student. With `student.parent none` the teacher's copied weights; None where there is nothing."""
-    if source is None:
-        if teacher is None or settings.student.parent is None:
-            return None
-        copied = convert(settings, teacher.model)
-        return Subject("student", copied, "the teacher's copied weights, no stage's", teacher.architecture)
-    if teacher is not None and "lineage" in config:
-        check_lineage(models.folder_of(source), {"teacher": teacher_lineage(settings, teacher.model)}, TEACHER_FIELDS)
-    size = settings.data.image_size
-    model = models.open_model(source, None if size is None else pair(size))
-    stages = (config.get("lineage") or {}).get("stages")
-    after = f" (after stage {' and '.join(stages)})" if stages else ""
-    return Subject("student", model, f"{source}{after}", *described(source))
 
 
 def teacher_of(settings: Settings, config: dict[str, Any], must: bool) -> tuple[Subject | None, str]:

@@ -19,9 +19,11 @@ import data
 import models
 from data.write import write
 from models import IGNORE
+from models.embed import main as embed
 from tests.conftest import ARCHITECTURE, Blobs, run_trainer
 from trainer.config import UserError, parse
 from trainer.evaluate.cost import measure
+from trainer.evaluate.embed import of_beton
 from trainer.evaluate.masks import miou, resampled
 from trainer.evaluate.neighbours import nearest, vote
 from trainer.evaluate.plan import make_plan
@@ -287,6 +289,15 @@ def test_an_export_alone_is_found_with_its_run(folder: Path, tmp_path: Path, cap
     plan = make_plan(settings, StageFolder(settings))
     assert list(plan.subjects) == ["student"] and plan.measures == ["speed"] and plan.given["mean"] == (0.5, 0.5, 0.5)
     assert any("without the teacher vit_tiny_patch16_224" in note for note in plan.notes)
+
+
+def test_features_of_a_beton_file(folder: Path, by_hand: dict, tmp_path: Path) -> None:
+    out = tmp_path / "val.safetensors"
+    assert embed([str(folder / "student"), str(folder / "val.beton"), str(out)], of_beton) == 0
+    tensors = load_file(out)
+    torch.testing.assert_close(tensors["pooled"], by_hand["val"]["student"][1], atol=1e-5, rtol=1e-5)
+    assert list(tensors["mean_patch"].shape) == [22, 32]
+    assert embed([str(folder / "student"), str(folder / "none.beton"), str(out)], of_beton) == 2
 
 
 def test_speed_counts_what_torch_computes() -> None:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from trainer.config import RECIPES, parse
+from trainer.config import RECIPES, UserError, parse
 from trainer.main import main
 from trainer.ranks.world import World
 from trainer.setup.build import build
@@ -33,6 +33,12 @@ def test_every_recipe_builds_dry(recipe: str, small: Path, tmp_path: Path) -> No
         name = settings.teacher.name
         assert settings.teacher.weights or "." not in name or timm.get_pretrained_cfg(name).has_weights
     assert not list(tmp_path.iterdir())
+
+
+def test_without_weights_it_runs_dry_alone(small: Path, tmp_path: Path) -> None:
+    given = [option for option in dry("own", "2", small, tmp_path) if option != "--dry_run"]
+    with pytest.raises(UserError, match=r"teacher\.pretrained false: stage 2 aligns with .* --teacher\.weights FILE"):
+        build(parse([*given, "--teacher.kwargs", "{depth: 1}", "--data.image_size", "32"]), ALONE)
 
 
 @pytest.mark.parametrize(("recipe", "stage"), [("siglip2", "2"), ("dinov3", "3")])
