@@ -41,6 +41,9 @@ DEFAULTS = {
     "siglip2_vision_model": {**{key: value for key, value in _SIGLIP.items() if key != "image_size"},
                              "num_patches": 256},
 }  # fmt: skip
+# Fields whose values must be whole numbers above 0, and true or false; a default tells which, but for these two.
+_KINDS = {key: type(value) for kind in DEFAULTS.values() for key, value in kind.items()}
+_KINDS |= {"num_register_tokens": float, "mlp_ratio": float}
 TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
 
 
@@ -78,6 +81,8 @@ def describe(place: str) -> Described:
             f"teacher.name 'hf:{place}': its config.json describes a {kind!r}; of transformers {names} are read; for "
             "another ViT give timm's name, and the file as teacher.weights"
         )
+    rope = tower.get("rope_parameters")  # where transformers 5 keeps it
+    tower = {**(rope if isinstance(rope, dict) else {}), **tower}
     given = DEFAULTS[kind] | {key: tower[key] for key in DEFAULTS[kind] if tower.get(key) is not None}
     try:
         _check(given)
@@ -103,7 +108,7 @@ def describe(place: str) -> Described:
 def _check(given: Mapping[str, Any]) -> None:
     """Raises ValueError for values that are not of their kind, or that timm's networks do not have."""
     for key, value in given.items():
-        like = DEFAULT_KINDS.get(key)
+        like = _KINDS.get(key)
         sides = key in ("image_size", "patch_size") and isinstance(value, list) and len(value) == 2
         whole = all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in (value if sides else [value]))
         if (like is int and not whole) or (like is bool and not isinstance(value, bool)):
@@ -112,11 +117,6 @@ def _check(given: Mapping[str, Any]) -> None:
         raise ValueError(f"num_channels {given['num_channels']}: images have 3 channels here")
     if given["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"hidden_act {given['hidden_act']!r}: must be one of {', '.join(ACTIVATIONS)}")
-
-
-DEFAULT_KINDS = {key: type(value) for kind in DEFAULTS.values() for key, value in kind.items()} | {
-    "num_register_tokens": float
-}
 
 
 def _norm(given: Mapping[str, Any], eps: float) -> None:
@@ -199,12 +199,12 @@ def weights_of(place: str, kwargs: Mapping[str, Any]) -> Weights:
         for shard in _shards(place, path):
             _file(place, shard, must=True)
     file = open_weights(path)
-    file.tensors = tower(file.tensors, kwargs)
+    file.tensors = vision_tower(file.tensors, kwargs)
     file.trained_at = pair(kwargs["pretrained_cfg_overlay"]["input_size"][-2:])
     return file
 
 
-def tower(tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def vision_tower(tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The vision tower of a checkpoint, without its prefix; CLIP's projection as the head."""
     at = next((name for name in tensors if name.endswith(".embeddings.patch_embedding.weight")), "")
     at = at or next((name for name in tensors if ".embeddings.patch_embeddings." in name), "")

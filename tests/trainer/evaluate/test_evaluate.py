@@ -30,6 +30,7 @@ from trainer.evaluate.plan import make_plan
 from trainer.evaluate.report import table
 from trainer.main import main
 from trainer.output.folder import StageFolder
+from trainer.setup.check import check as check_job
 from trainer.stages.segmentation.views import Views
 
 NAME = "vit_tiny_patch16_224"
@@ -289,6 +290,14 @@ def test_an_export_alone_is_found_with_its_run(folder: Path, tmp_path: Path, cap
     plan = make_plan(settings, StageFolder(settings))
     assert list(plan.subjects) == ["student"] and plan.measures == ["speed"] and plan.given["mean"] == (0.5, 0.5, 0.5)
     assert any("without the teacher vit_tiny_patch16_224" in note for note in plan.notes)
+
+
+def test_a_cluster_checks_it_before_it_waits(folder: Path, tmp_path: Path) -> None:
+    check_job(parse(argv(folder, tmp_path, "--student.parent", str(folder / "student"))), [1, 2])
+    alone = ["--stage", "evaluate", "--student.parent", NAME, "--run", str(tmp_path)]
+    check_job(parse(alone), [1])
+    with pytest.raises(UserError, match=r"bare\.beton has no labels"):
+        check_job(parse([*alone, "--data.val", str(folder / "bare.beton"), "--evaluate.measures", "[head]"]), [1])
 
 
 def test_features_of_a_beton_file(folder: Path, by_hand: dict, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """All shipped recipes run dry, without weights."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,25 @@ def test_every_recipe_builds_dry(recipe: str, small: Path, tmp_path: Path) -> No
         name = settings.teacher.name
         assert settings.teacher.weights or "." not in name or timm.get_pretrained_cfg(name).has_weights
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_transformers_is_a_teacher(small: Path, tmp_path: Path) -> None:
+    """Its export says what timm builds, and not where on this disk the checkpoint lies."""
+    import transformers
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "tower")
+    given = [option for option in dry("own", "2", small, tmp_path) if option not in ("vit_tiny_patch16_224", "false")]
+    at = given.index("--teacher.pretrained")
+    given[at : at + 1] = []
+    given.insert(given.index("--teacher.name") + 1, f"hf:{tmp_path / 'tower'}")
+    job = build(parse(given), ALONE)
+    assert job.export["backbone"]["name"] == "vit_base_patch16_clip_quickgelu_224"
+    assert job.export["backbone"]["kwargs"]["depth"] == 2 and job.export["input"]["image_size"] == 32
+    assert job.export["lineage"]["teacher"]["name"] == "hf:tower" and str(tmp_path) not in json.dumps(job.export)
+    assert job.steps_per_epoch == 24
 
 
 def test_without_weights_it_runs_dry_alone(small: Path, tmp_path: Path) -> None:
