@@ -260,7 +260,7 @@ MISTAKES = {
     ("--evaluate.models", "[student]"): "has no export; give one with --student.parent",
     ("--evaluate.models", "[teacher]", "--evaluate.measures", "[agreement]"): "needs the teacher beside another model",
     ("--evaluate.models", "[teacher]", "--evaluate.pooling", "[middle]"): "evaluate.pooling",
-    ("--student.parent", "{}/nothing"): "{}/nothing: no export there",
+    ("--student.parent", "{}/nothing"): "{}/nothing: no folder of an export",
     ("--student.parent", "{}/student", "--teacher.kwargs.depth", "3"): "missing",
     ("--evaluate.beside", "teacher={}/other"): "the name is taken",
     ("--evaluate.beside", "a=vit_none"): "vit_none: no folder of an export, and no name of timm's",
@@ -288,7 +288,7 @@ def test_an_export_alone_is_found_with_its_run(folder: Path, tmp_path: Path, cap
     (tmp_path / "run/recipe.yaml").unlink()
     settings = parse([*alone, "--data.val", str(folder / "bare.beton"), "--run", str(tmp_path / "other")])
     plan = make_plan(settings, StageFolder(settings))
-    assert list(plan.subjects) == ["student"] and plan.measures == ["speed"] and plan.given["mean"] == (0.5, 0.5, 0.5)
+    assert list(plan.subjects) == ["student"] and plan.measures == ["speed"] and list(plan.given["mean"]) == [0.5] * 3
     assert any("without the teacher vit_tiny_patch16_224" in note for note in plan.notes)
 
 
