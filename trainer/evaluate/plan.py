@@ -132,10 +132,13 @@ def missing_images(measure: str, settings: Settings, infos: Mapping[str, data.In
         return f"data.train {train.path} has no labels"
     if measure == "zero_shot" and settings.evaluate.class_embeddings is None:
         return "needs a text embedding per class; give --evaluate.class_embeddings FILE.safetensors"
-    if measure == "segmentation" and not val.has_masks:
-        return f"data.val {val.path} has no masks"
-    if measure == "segmentation" and val.mask_classes is None:
-        return f"data.val {val.path} has no JSON beside it, which names the classes of its masks"
+    if measure == "mask_probe" and train is None:
+        return "there are no images to fit on; give --data.train FILE.beton"
+    for split in {"segmentation": ("val",), "mask_probe": ("train", "val")}.get(measure, ()):
+        if not infos[split].has_masks:
+            return f"data.{split} {infos[split].path} has no masks"
+        if infos[split].mask_classes is None:
+            return f"data.{split} {infos[split].path} has no JSON beside it, which names the classes of its masks"
     return None
 
 
@@ -163,6 +166,8 @@ def missing_models(
         if count not in mine.values():
             have = ", ".join(f"{name} {classes}" for name, classes in mine.items())
             return f"data.val has {count} classes of masks, the models: {have}"
+    if measure == "mask_probe" and not any(s.has_patches for s in subjects.values()):
+        return "no model is a ViT, whose patches are probed"
     if measure == "agreement" and ("teacher" not in subjects or len(subjects) < 2):
         return "needs the teacher beside another model; give --teacher.name NAME, or --student.parent EXPORT"
     return None

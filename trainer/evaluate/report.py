@@ -41,11 +41,11 @@ def mean(measure: str, model: str, values: np.ndarray, scale: float = 1.0, **mor
             "images": len(values), **more}  # fmt: skip
 
 
-def overlap_of_masks(model: str, counts_N3C: np.ndarray, reference: Reference | None, seed: int) -> Row:
+def overlap_of_masks(measure: str, model: str, counts_N3C: np.ndarray, reference: Reference | None, seed: int) -> Row:
     """A row of a mean intersection over union."""
     values = resampled(counts_N3C, seed)
     low, high = np.quantile(values, (0.025, 0.975)).tolist()
-    row = {"measure": "mIoU", "model": model, "value": miou(counts_N3C), "low": low, "high": high, "unit": "%",
+    row = {"measure": measure, "model": model, "value": miou(counts_N3C), "low": low, "high": high, "unit": "%",
            "images": len(counts_N3C)}  # fmt: skip
     if reference is None or reference.name == model:
         return row

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from trainer.fields import Count, Named, OptionalPath, Positive, non_empty
 
-Measure = Literal["knn", "probe", "head", "zero_shot", "segmentation", "agreement", "speed"]
+Measure = Literal["knn", "probe", "head", "zero_shot", "segmentation", "mask_probe", "agreement", "speed"]
 
 
 @dataclass

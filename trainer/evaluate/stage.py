@@ -20,9 +20,8 @@ import torch
 import data
 from models import match_dtypes
 from trainer.config import Settings, user_errors
-from trainer.evaluate import report
+from trainer.evaluate import masks, patches, report
 from trainer.evaluate.cost import measure
-from trainer.evaluate.masks import counts
 from trainer.evaluate.neighbours import labels_of, overlaps, votes
 from trainer.evaluate.plan import Plan, fits_head, inspect, make_plan, same
 from trainer.output.folder import StageFolder
@@ -116,6 +115,8 @@ def judge(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
         rows += agreement(plan, me, barrier) if "agreement" in plan.measures else []
     if "segmentation" in plan.measures:
         rows += on_masks(plan, me, barrier)
+    if "mask_probe" in plan.measures:
+        rows += on_patches(plan, me, barrier)
     if "speed" in plan.measures:
         barrier.work(speeds(plan, rows) if me.rank == 0 else nothing(), len(sizes(plan)) * len(plan.subjects), "speed")
     return rows if me.rank == 0 else []
@@ -257,20 +258,52 @@ def _as_many(plan: Plan, what: str, name: str) -> bool:
 
 def on_masks(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
     """Mean intersection over union of the models that segment; the first that is not the student is compared with."""
-    info = plan.infos["val"]
-    classes = len(info.mask_classes)
+    classes = len(plan.infos["val"].mask_classes)
     models = {
         name: subject for name, subject in plan.subjects.items()
         if subject.segments and subject.config["segmentation"]["num_classes"] == classes
     }  # fmt: skip
-    loader = data.original_loader(info.path, batch_size=1, rank=me.rank, world_size=me.size, **common(plan, me))
     mine: dict[int, np.ndarray] = {}
-    barrier.work(counts(models, loader, plan.settings, classes, mine), info.num_samples, "masks")
-    found = {index: x for theirs in gathered(barrier, "masks of all", mine) for index, x in theirs.items()}
+    made = masks.counts(models, masks_of(plan, me, "val", me.rank, me.size), plan.settings, classes, mine)
+    return overlaps_of_masks("mIoU", plan, list(models), made, mine, barrier)
+
+
+def on_patches(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
+    """Mean intersection over union of a linear probe of each model's patches."""
+    train, classes = plan.infos["train"], len(plan.infos["val"].mask_classes)
+    models = {name: subject for name, subject in plan.subjects.items() if subject.has_patches}
+    mine: dict[str, patches.Probe] = {}
+
+    def fit() -> Generator[None]:
+        for name in list(models)[me.rank :: me.size]:
+            chosen = patches.drawn(train, plan.settings.train.seed)
+            mine[name] = patches.fitted(models[name], masks_of(plan, me, "train", indices=chosen), classes)
+            yield
+
+    barrier.work(fit(), len(models), "patches")
+    probes = {name: probe for theirs in gathered(barrier, "patches of all", mine) for name, probe in theirs.items()}
+    found: dict[int, np.ndarray] = {}
+    made = patches.counts(models, probes, masks_of(plan, me, "val", me.rank, me.size), classes, found)
+    return overlaps_of_masks("mIoU of a patch probe", plan, list(models), made, found, barrier)
+
+
+def masks_of(plan: Plan, me: World, split: str, rank: int = 0, ranks: int = 1, **more: Any) -> data.Loader:
+    """Images and masks at their own size, of all or of a rank's share."""
+    return data.original_loader(
+        plan.infos[split].path, batch_size=1, rank=rank, world_size=ranks, **common(plan, me), **more
+    )
+
+
+def overlaps_of_masks(
+    measure: str, plan: Plan, names: list[str], made: Generator[None], mine: dict[int, np.ndarray], barrier: Barrier
+) -> list[report.Row]:
+    """Rows of the pixels that all ranks count, see `masks.counts`: `made` fills `mine` with this rank's."""
+    barrier.work(made, plan.infos["val"].num_samples, measure)
+    found = {index: x for theirs in gathered(barrier, f"{measure} of all", mine) for index, x in theirs.items()}
     pixels = np.stack([found[index] for index in sorted(found)])
-    of = {name: pixels[:, m] for m, name in enumerate(models)}
+    of = {name: pixels[:, m] for m, name in enumerate(names)}
     reference = next((report.Reference(name, x) for name, x in of.items() if name != "student"), None)
-    return [report.overlap_of_masks(name, x, reference, plan.settings.train.seed) for name, x in of.items()]
+    return [report.overlap_of_masks(measure, name, x, reference, plan.settings.train.seed) for name, x in of.items()]
 
 
 def sizes(plan: Plan) -> list[Any]:

@@ -44,6 +44,16 @@ class Subject:
         return isinstance(self.model, models.Segmenter)
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether it is a ViT, of whose patches there are features."""
+        return isinstance(self.net, models.ViT)
+
+    @property
     def classes(self) -> int:
         """Of its own classifier; 0 where it has none. What CLIP's head gives are features."""
         classes = 0 if self.segments or "clip" in self.architecture else self.net.num_classes

@@ -223,12 +223,45 @@ def test_images_without_labels_and_another_evaluation(folder: Path, tmp_path: Pa
     assert not (tmp_path / "evaluate/results-2.json").exists()
 
 
+@torch.no_grad()
+def patch_probe_by_hand(folder: Path, vit: torch.nn.Module) -> float:
+    """Percent."""
+    x, y = {"masked": [], "masked_val": []}, []
+    masks = []
+    for split, kept in x.items():
+        loader = data.original_loader(folder / f"{split}.beton", batch_size=1, workers=1, mean=[0.5] * 3, std=[0.5] * 3)
+        for batch in loader.epoch():
+            image = F.interpolate(batch["image"], (32, 32), mode="bilinear", antialias=True)
+            kept.append(vit.forward_features(image)[0, 1:].numpy())
+            if split == "masked":  # 32 x 32 pixels, 4 x 4 patches
+                for patch in batch["mask"][0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).flatten(0, 1):
+                    y.append(torch.bincount(patch.long(), minlength=256).argmax().item())
+            else:
+                masks.append(batch["mask"])
+    known = np.array(y) != IGNORE
+    fit = np.concatenate(x["masked"])[known]
+    normal, scaler = Normalizer(), StandardScaler().fit(Normalizer().fit_transform(fit))
+    hot = F.one_hot(torch.tensor(y)[torch.from_numpy(known)], 3).numpy()
+    probe = Ridge(alpha=0.01 * len(fit)).fit(scaler.transform(normal.transform(fit)), hot)
+    wanted = MulticlassJaccardIndex(3, ignore_index=IGNORE)
+    for tokens, mask in zip(x["masked_val"], masks, strict=True):
+        scores = torch.tensor(probe.predict(scaler.transform(normal.transform(tokens)))).float().T.reshape(1, 3, 4, 4)
+        wanted.update(F.interpolate(scores, mask.shape[1:], mode="bilinear").argmax(1), mask.long())
+    return 100 * wanted.compute().item()
+
+
 def test_masks(folder: Path, tmp_path: Path) -> None:
     more = ["--student.parent", str(folder / "seg_student"), "--evaluate.beside", f"softmax={folder / 'seg_softmax'}"]
-    more += ["--evaluate.models", "[student]", "--evaluate.measures", "[segmentation]"]
+    more += ["--data.train", str(folder / "masked.beton"), "--evaluate.measures", "[segmentation,mask_probe]"]
     more += [*QUICK, "--data.val", str(folder / "masked_val.beton")]
-    assert run_trainer(folder, tmp_path, "evaluate", *more, ranks=2).code == 0
-    rows = {row["model"]: row for row in json.loads((tmp_path / "evaluate/results.json").read_text())["results"]}
+    done = run_trainer(folder, tmp_path, "evaluate", *more, ranks=2)
+    assert done.code == 0, done.err
+    every = json.loads((tmp_path / "evaluate/results.json").read_text())["results"]
+    rows = {row["model"]: row for row in every if row["measure"] == "mIoU"}
+    probed = {row["model"]: row["value"] for row in every if row["measure"] == "mIoU of a patch probe"}
+    assert set(rows) == {"student", "softmax"} and set(probed) == {"teacher", "student", "softmax"}
+    by_hand = patch_probe_by_hand(folder, models.load(folder / "seg_student").backbone)
+    assert probed["student"] == pytest.approx(by_hand, abs=0.1)  # a pixel of equal scores may fall otherwise
     loader = data.original_loader(folder / "masked_val.beton", batch_size=1, workers=1, mean=[0.5] * 3, std=[0.5] * 3)
     for name in ("student", "softmax"):
         wanted = MulticlassJaccardIndex(3, ignore_index=IGNORE)
@@ -252,6 +285,7 @@ MISTAKES = {
     ("--data.train", "none", "--evaluate.measures", "[knn]"): "no images to fit on",
     ("--evaluate.measures", "[zero_shot]"): "needs a text embedding per class",
     ("--evaluate.measures", "[segmentation]"): "val.beton has no masks",
+    ("--evaluate.measures", "[mask_probe]"): "data.train {}/train.beton has no masks",
     ("--evaluate.class_embeddings", "{}/wide.safetensors"): "have 7 dimensions, the models give teacher 4",
     ("--evaluate.class_embeddings", "{}/few.safetensors"): "has 3 classes, data.val 4",
     ("--evaluate.class_embeddings", "{}/no_d.safetensors"): "has none for 'd'",
@@ -315,6 +349,15 @@ def test_speed_counts_what_torch_computes() -> None:
     assert found["gflops"] == pytest.approx(2 * 48 * 10 / 1e9) and found["parameters"] == 490
     assert found["memory_mib"] == pytest.approx(2 * 10 * 4 / 2**20)
     assert found["latency_ms"] > 0 and found["images_per_second_low"] <= found["images_per_second"]
+
+
+def test_flops_of_softmax_attention_by_hand() -> None:
+    vit = models.build_backbone(NAME, ARCHITECTURE | {"depth": 1}, pretrained=False, image_size=32)
+    for size, patches in ((32, 16), (64, 64)):
+        n = patches + 1
+        per_token = 2 * 32 * 3 * 32 + 2 * 32 * 32 + 2 * 2 * 32 * 64 + 2 * 2 * n * 32  # q, k, v; output; MLP; attention
+        wanted = 2 * patches * 3 * 64 * 32 + n * per_token + 2 * 32 * 4  # with the patches and the head
+        assert measure(vit, size, 2, 0.001)["gflops"] == pytest.approx(wanted / 1e9)
 
 
 def test_nearest_over_blocks_and_votes() -> None:
