@@ -10,7 +10,7 @@ from .backbones import (
     take_any_size,
 )
 from .card import CARD, licence_of, model_card
-from .checkpoints import read_weights
+from .checkpoints import check_finite, read_weights
 from .export import load, read_config, save
 from .heads import HEADS, IGNORE, Head, build_head
 from .hub import push_to_hub, unsoftmax
@@ -26,6 +26,7 @@ from .linearize import (
 )
 from .operators import ADDITIONS, OPERATORS, linear_attention
 from .segmenter import Segmenter, backbone_of
+from .sources import folder_of, is_name, open_model
 from .taps import BLOCK_MODULES, attention_entropy, tap_names, taps
 
 __version__ = "0.1.0"
@@ -47,9 +48,12 @@ __all__ = [
     "borrowed_attention",
     "build_backbone",
     "build_head",
+    "check_finite",
     "check_image_size",
     "check_linearizable",
     "fingerprint",
+    "folder_of",
+    "is_name",
     "licence_of",
     "linear_attention",
     "linear_blocks",
@@ -59,6 +63,7 @@ __all__ = [
     "model_card",
     "note_image_size",
     "notes",
+    "open_model",
     "push_to_hub",
     "read_config",
     "read_weights",

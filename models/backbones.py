@@ -7,21 +7,21 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from timm.layers.format import Format
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from .checkpoints import Shapes, fit, one_line, open_weights, pair
+from .hf import describe as describe_hf
+from .hf import hub_without_long_waits, weights_of
 
 
 def build_backbone(
@@ -38,7 +38,8 @@ def build_backbone(
 
     Args:
         name: timm's name, with or without the pretrained tag, also as the hub writes it (`timm/...`); or
-            `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, described there by a config.json of timm's.
+            `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, described there by a config.json of timm's; or `hf:OWNER/NAME` or
+            `hf:FOLDER`, described by one of transformers'.
         kwargs: architecture overrides for `timm.create_model` (`patch_size`, `depth`, `num_classes`, ...). Beside
             `image_size`, `img_size` is the size that local weights were trained at.
         weights: a local file instead of the hub, of safetensors or torch.save, or the folder of a softmax export.
@@ -59,8 +60,10 @@ def build_backbone(
     arch, full = _resolve(name, given)
     if image_size is not None:
         full["img_size"] = image_size
-    if weights is not None:
-        file, pretrained = open_weights(weights), False
+    of_transformers = name.startswith("hf:") and pretrained and weights is None
+    if weights is not None or of_transformers:
+        file = weights_of(name[3:], full) if of_transformers else open_weights(weights)
+        pretrained = False
         if "img_size" in given and file.trained_at is None:
             size = pair(given["img_size"])
             file.trained_at, file.built_at = (None, size) if image_size is None else (size, None)
@@ -92,7 +95,7 @@ def build_backbone(
     if classes not in (None, model.num_classes):
         model.reset_classifier(classes)
     check_image_size(model, full.get("img_size"))
-    if weights is not None:
+    if weights is not None or of_transformers:
         model.load_state_dict(state)
     for note in notes(name, given) if weights is not None or pretrained else ():
         warnings.warn(f"teacher.name {name}: {note}", stacklevel=2)
@@ -136,7 +139,7 @@ def match_dtypes(model: nn.Module) -> None:
 
 NOT_BUILT = (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 LIKE = 0.7  # from this likeness on a name is offered for another
-_DESCRIPTION = ("pretrained_cfg", "pretrained_model_args")
+_DESCRIPTION = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args")
 _ELSEWHERE = {
     "checkpoint_path": "give the file as teacher.weights",
     "pretrained": "say teacher.pretrained",
@@ -167,6 +170,10 @@ def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
         ValueError: there is no such model, tag or place (the nearest are named), or it cannot be had.
     """
     source, colon, place = name.partition(":")
+    if source == "hf":
+        described = describe_hf(place)
+        cfg = {"pretrained_cfg_overlay": described.pretrained_cfg}
+        return described.architecture, {**described.kwargs, **cfg, **kwargs}
     describe = {"hf-hub": load_model_config_from_hf, "local-dir": load_model_config_from_path}.get(source)
     if describe is not None:
         try:
@@ -192,7 +199,7 @@ def _resolve(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     arch, _, tag = plain.partition(".")
     if colon or "/" in plain or "\\" in plain:
         if colon:
-            near = difflib.get_close_matches(source, ("hf-hub", "local-dir"), 1, 0.3) or ["hf-hub"]
+            near = difflib.get_close_matches(source, ("hf-hub", "hf", "local-dir"), 1, 0.3) or ["hf-hub"]
             said = f"a place is hf-hub:OWNER/NAME or local-dir:FOLDER, here perhaps {near[0]}:{place}"
         else:
             said = f"write hf-hub:{name} for a model on the hub, local-dir:{name} for a folder"
@@ -263,20 +270,6 @@ def _meant(arch: str, error: Exception) -> str:
     kind = getattr(sys.modules[timm.model_entrypoint(arch.split(".")[0]).__module__], wrong[1], None)
     near = difflib.get_close_matches(wrong[2], inspect.signature(kind).parameters if kind else (), 1)
     return f"; perhaps {near[0]} is meant" if near else ""
-
-
-@contextmanager
-def hub_without_long_waits() -> Iterator[None]:
-    """huggingface_hub retries an unreachable hub for most of a minute: ask once; no answer, then its cache only."""
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
 
 
 def check_image_size(

@@ -492,6 +492,8 @@ def _content(path: Path) -> Mapping[str, Any]:
     """What a file of safetensors or of torch.save holds, whatever its suffix."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    if path.name.endswith(".safetensors.index.json"):
+        return _of_shards(path)
     try:
         if is_safetensors(path):
             content = load_file(path)
@@ -503,6 +505,17 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: {_NO_STATE_DICT}")
     return content
+
+
+def _of_shards(index: Path) -> dict[str, Tensor]:
+    """What the files beside an index of transformers' hold together. No name in it leads elsewhere."""
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if not all(isinstance(name, str) and name == Path(name).name for name in shards):
+            raise ValueError("it names files elsewhere")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index}: no index of shards ({one_line(error)})") from error
+    return {name: value for shard in sorted(shards) for name, value in _content(index.parent / shard).items()}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import NOT_BUILT, check_image_size, hub_without_long_waits
+from .backbones import NOT_BUILT, check_image_size
 from .checkpoints import check_finite, check_fit, exports_within, mark_of, one_line, pair
 from .heads import build_head
+from .hf import hub_without_long_waits
 from .linearize import linearize
 from .segmenter import Segmenter, backbone_of
 

@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from .backbones import build_backbone, take_any_size
+from .backbones import take_any_size
 from .checkpoints import one_line, pair
-from .export import load
 from .linear_attention import LinearAttention
 from .segmenter import Segmenter, backbone_of
+from .sources import is_name, open_model
 
 FORMATS = {"onnx": ".onnx", "program": ".pt2", "aoti": ".pt2"}
 DYNAMIC = ("batch", "size")
@@ -385,19 +384,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _model(source: str, size: tuple[int, int] | None, untrained: bool) -> nn.Module:
     """Raises ValueError or FileNotFoundError where `source` is nothing that can be had."""
-    if not Path(source).exists() and timm.is_model(source.removeprefix("timm/").split(".")[0]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return build_backbone(source, pretrained=not untrained, image_size=size)
-            except ValueError as error:
-                said = str(error).partition("; download them elsewhere")[0]
-                raise ValueError(f"{said}; --untrained exports random weights" if "hub" in said else said) from error
-    if not source.startswith("hf-hub:") and not Path(source).exists():
-        raise ValueError(f"{source}: no folder of an export, and no name of timm's")
-    if untrained:
+    if untrained and not is_name(source):
         raise ValueError("--untrained: an export has weights; leave it out, or give a name of timm's")
-    return load(source, size)
+    try:
+        return open_model(source, size, pretrained=not untrained)
+    except ValueError as error:
+        said = str(error).partition("; download them elsewhere")[0]
+        if not is_name(source):
+            raise
+        raise ValueError(f"{said}; --untrained exports random weights" if "hub" in said else said) from error
 
 
 def _tell(done: Exported, format: str) -> None:

@@ -174,7 +174,7 @@ def run_trainer(
         launcher: by the real `python`, or the real `deepspeed` when `ranks` is above 1; takes 8 s longer.
     """
     argv = ["--config", str(small / "recipe.yaml"), "--stage", str(stage), "--run", str(run), *options]
-    folder = run / (stage if stage == "probe" else f"stage{stage}")
+    folder = run / (f"stage{stage}" if str(stage).isdigit() else stage)
     if launcher:
         world = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         start = [sys.executable] if ranks == 1 else [str(BIN / "deepspeed"), *world]

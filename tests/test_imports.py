@@ -23,6 +23,7 @@ FLOORS = [
     {"trainer.run"},
     {"trainer.call", "trainer.chain"},
     {"trainer.main"},
+    {"trainer.evaluate"},
     {"trainer.probe", "trainer.report"},
     {"trainer.setup"},
     {"trainer.loop", "trainer.stages"},

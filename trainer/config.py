@@ -64,7 +64,11 @@ class Common:
     """The settings that all stages share."""
 
     stage: Literal[tuple(STAGES)]
+<<<<<<< HEAD
     """The stage: 1 attention alignment, 2 feature alignment, 3 supervised fine-tuning; probe; all runs 1, 2 and 3."""
+=======
+    """The stage: 1 attention alignment, 2 feature alignment, 3 supervised fine-tuning; probe; or evaluate."""
+>>>>>>> wt-judge
     task: Literal[TASKS] = TASKS[0]
     """What stage 3 learns."""
     run: PathName | None = None
@@ -97,7 +101,11 @@ Settings = dataclasses.make_dataclass(
 Settings.__doc__ = "All settings of one stage's run: `Common`, and the groups of every stage."
 
 # May change between a run and its continuation: they alter nothing of what is learned. So may the `free` of a group.
+<<<<<<< HEAD
 FREE = {"run", "dry_run", "deepspeed", "wandb", "tracking"}
+=======
+FREE = {"run", "dry_run", "deepspeed", "wandb", "evaluate"}
+>>>>>>> wt-judge
 
 
 def place_of(settings: Common) -> str:
@@ -183,9 +191,15 @@ def parse(argv: list[str] | None = None) -> Settings:
         UserError: unknown or unfit setting, no such recipe.
     """
     argv = [arg for arg in (sys.argv[1:] if argv is None else argv) if not arg.startswith("--local_rank")]
-    argv = gather(["--dry_run=true" if arg == "--dry_run" else arg for arg in argv], "--probe.test")
+    argv = ["--dry_run=true" if arg == "--dry_run" else arg for arg in argv]
+    for option in ("--probe.test", "--evaluate.beside"):
+        argv = gather(argv, option)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+<<<<<<< HEAD
     for option in ("config", "stage", "task", "run", "teacher.name", "data.train"):
+=======
+    for option in ("config", "stage", "task", "run", "teacher.name", "student.parent"):
+>>>>>>> wt-judge
         peek.add_argument(f"--{option}", dest=option.replace(".", "_"))
     try:
         typed, _ = peek.parse_known_args(argv)
@@ -202,7 +216,13 @@ def parse(argv: list[str] | None = None) -> Settings:
         parser.print_help()
         raise SystemExit(0)
     if typed.stage is None:
+<<<<<<< HEAD
         raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}, or all")
+=======
+        raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}")
+    if typed.stage == "evaluate" and typed.run is None:
+        typed.run = run_of(typed.student_parent)
+>>>>>>> wt-judge
     source = find_source(typed)
     recipe = read_recipe(source, typed.stage, typed.task)
     if typed.teacher_name:
@@ -211,8 +231,13 @@ def parse(argv: list[str] | None = None) -> Settings:
         recipe = merge(recipe, {"data": {"val": None}})
     as_recipe = [f"--recipe={yaml.safe_dump(recipe)}"]
     settings = _build(Settings, parser.parse_args([*as_recipe, *argv]))
+<<<<<<< HEAD
     settings.run = settings.run or str(Path("runs") / source.stem)
     settings.source, settings.typed = str(source), tuple(argv)
+=======
+    settings.run = settings.run or typed.run or str(Path("runs") / source.stem)
+    settings.source = str(source)
+>>>>>>> wt-judge
     if source.is_relative_to(Path(settings.run)):
         begun = as_dict(_build(Settings, parser.parse_args([*as_recipe, "--stage", typed.stage])))
         settings.changed = differences(begun, as_dict(settings))
@@ -231,18 +256,27 @@ def find_source(typed: argparse.Namespace) -> Path:
     """The file whose settings come first: what a run was begun with, or a recipe.
 
     A stage that goes on takes its own `config.yaml`, and a later stage of a run the run's `recipe.yaml`, unless
-    another `--config` is given. Without any the recipe is `default`; for another teacher it is `own`.
+    another `--config` is given. An evaluation, which is made anew each time, takes the run's. Without any the recipe is
+    `default`; for another teacher, or an export that is evaluated by itself, it is `own`.
     """
     if typed.config is not None:
         return find_recipe(typed.config)
     if typed.run is not None and typed.stage in STAGES:
         run = Path(typed.run).expanduser()
         stage = stage_path(run, typed.stage)
-        if (stage / "config.yaml").is_file() and (is_begun(stage) or is_complete(stage)):
+        begun = (stage / "config.yaml").is_file() and (is_begun(stage) or is_complete(stage))
+        if begun and typed.stage != "evaluate":
             return stage / "config.yaml"
         if (run / "recipe.yaml").is_file():
             return run / "recipe.yaml"
-    return find_recipe("default" if typed.teacher_name is None else "own")
+    judged = typed.stage == "evaluate" and typed.student_parent not in (None, "none")
+    return find_recipe("own" if typed.teacher_name or judged else "default")
+
+
+def run_of(export: str | None) -> str | None:
+    """The run folder that a stage's export lies in, or None."""
+    run = Path(export or "").expanduser().parent.parent
+    return str(run) if export and (run / "recipe.yaml").is_file() else None
 
 
 def gather(argv: list[str], option: str) -> list[str]:

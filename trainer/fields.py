@@ -1,6 +1,7 @@
 """The types of settings: a plain type and the values that it may have, as pydantic checks them; and both in words."""
 
 import os.path
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,19 @@ OptionalPath = Annotated[str, AfterValidator(lambda v: None if v.lower() == "non
 Factors = checked(list[float], "a list of numbers above 0", lambda v: v and min(v) > 0)
 Interval = checked(list[float], "two values, 0 < least <= most", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
 Shares = checked(list[float], "two values, 0 < least <= most <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
+
+
+def non_empty(kind: Any) -> Any:
+    """A list of at least one."""
+    return checked(list[kind], f"a list of at least one ({words(kind)})", len)
+
+
+def _at_home(pairs: list[str]) -> list[str]:
+    return [f"{name}={os.path.expanduser(path)}" for name, _, path in (pair.partition("=") for pair in pairs)]
+
+
+_Pairs = checked(list[str], "NAME=FILE ...", lambda v: all(re.fullmatch(r"[\w.+-]+=.+", pair) for pair in v))
+Named = Annotated[_Pairs, AfterValidator(_at_home)]
 
 _PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
 

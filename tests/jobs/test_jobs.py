@@ -134,7 +134,7 @@ MISTAKES = {
     "--parttion gpu": "--parttion: no such setting; did you mean partition?",
     "--ranks_per_node 0": "ranks_per_node 0: must be a whole number at least 1",
     "--max_timeouts -1": "max_timeouts -1: must be a whole number at least 0",
-    "--stages 4": "must be a list (one of 1, 2, 3, probe each)",
+    "--stages 4": "must be a list (one of 1, 2, 3, probe, evaluate each)",
     "--stage 4": "stage",
     "--cluster local --nodes 2": "local runs on this machine alone",
     "--sweep train.lr": "must be SETTING=VALUE,VALUE",

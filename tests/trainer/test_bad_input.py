@@ -180,7 +180,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trainable_head": (("--stage", "1", "--student.trainable", "head"), ("student.trainable head", "qkv")),
     "trainable_none": (
         ("--stage", "3", "--student.attention", "softmax", "--student.trainable", "qkv"), ("student.trainable qkv",)),
-    "untrained_teacher": (UNTRAINED[:4], ("teacher.pretrained false", "--teacher.weights FILE")),
     "no_attention": ((*UNTRAINED, *ANY_SIZE, "--teacher.name", "resnet18"), ("ResNet", "cannot be linearised")),
     "relative_position": (
         (*UNTRAINED, "--teacher.name", "vit_relpos_small_patch16_224", "--teacher.kwargs", '{"depth": 1}'),

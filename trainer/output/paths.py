@@ -15,7 +15,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 def stage_path(run: str | Path, stage: str) -> Path:
     """`RUN/stage2`, or `RUN/probe`."""
-    return Path(run) / (stage if stage == "probe" else f"stage{stage}")
+    return Path(run) / (f"stage{stage}" if stage.isdigit() else stage)
 
 
 def is_complete(path: Path) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from models import tap_names, taps
 from trainer.probe.store import Array, Store
 
+NO_LABEL = -1  # in the store, of images without labels
+
 
 @contextlib.contextmanager
 def tapped(vit: nn.Module, names: list[str], pool: str) -> Iterator[Callable[[], dict[tuple[str, str], Tensor]]]:
@@ -86,7 +88,7 @@ def extract(reader: Reader, store: Store, work: list[tuple[str, int]], loader_of
     """
     batches, at = None, None
     rows = {(a.model, a.tap, a.pool): torch.empty(store.rows, a.width, dtype=store.dtype) for a in store.arrays}
-    labels, widths = torch.empty(store.rows, dtype=torch.long), [a.width for a in store.arrays]
+    labels, widths = torch.full((store.rows,), NO_LABEL), [a.width for a in store.arrays]
     with reader, contextlib.ExitStack() as open_loader:
         for split, number in work:
             if at is None or at[0] != split:
@@ -96,8 +98,8 @@ def extract(reader: Reader, store: Store, work: list[tuple[str, int]], loader_of
                 batches = loader.epoch(0, number * store.batches)
             count = 0
             for batch in itertools.islice(batches, store.batches):
-                here = slice(count, count + len(batch["label"]))
-                labels[here] = batch["label"]
+                here = slice(count, count + len(batch["image"]))
+                labels[here] = batch.get("label", NO_LABEL)
                 vectors = torch.cat(list(reader.read(batch["image"]).values()), 1).cpu()  # one wait for a device
                 for column, x in zip(rows.values(), vectors.split(widths, 1), strict=True):
                     column[here] = x

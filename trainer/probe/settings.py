@@ -1,26 +1,9 @@
 """Settings of the probes."""
 
-import os.path
-import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator
-
-from trainer.fields import Count, CountOrZero, Factors, OpenFraction, Positive, checked, words
-
-
-def non_empty(kind: Any) -> Any:
-    """A list of at least one."""
-    return checked(list[kind], f"a list of at least one ({words(kind)})", len)
-
-
-def _at_home(pairs: list[str]) -> list[str]:
-    return [f"{name}={os.path.expanduser(path)}" for name, _, path in (pair.partition("=") for pair in pairs)]
-
-
-_Pairs = checked(list[str], "NAME=FILE ...", lambda v: all(re.fullmatch(r"[\w.+-]+=.+", pair) for pair in v))
-TestSets = Annotated[_Pairs, AfterValidator(_at_home)]
+from trainer.fields import Count, CountOrZero, Factors, Named, OpenFraction, Positive, non_empty
 
 
 @dataclass
@@ -47,7 +30,7 @@ class Probe:
     """Number of training images to fit on; by default as many as store_gib holds."""
     store_gib: Positive = 64.0
     """GiB on disk for the features. Where all images need more, a part is read, with equally many per class."""
-    test: TestSets = field(default_factory=list)
+    test: Named = field(default_factory=list)
     """NAME=FILE ...: further test sets beside data.val, such as shifted ones."""
     batch_size: Count = 64
     """Images per forward pass, on each rank."""

@@ -1,9 +1,12 @@
 """From settings to what a stage runs on: data, teacher, student and lineage, checked before anything is trained."""
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import data
 import models
@@ -43,11 +46,12 @@ def build(settings: Settings, me: World) -> Job:
     kind, infos = stage_of(settings), inspect_data(settings)
     accumulate = accumulation(settings, me.size)
     kind.check(settings, infos, settings.train.batch_size // me.size // accumulate)
-    with warnings.catch_warnings(record=True) as caught:
+    shapes_alone = settings.dry_run and not is_trained(settings)  # of any size, at no cost
+    with warnings.catch_warnings(record=True) as caught, torch.device("meta") if shapes_alone else nullcontext():
         warnings.simplefilter("always", UserWarning)
         teacher = build_teacher(settings)
     models.check_linearizable(teacher)
-    if kind.needs_teacher and not is_trained(settings):
+    if kind.needs_teacher and not is_trained(settings) and not shapes_alone:
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
                         "give its file with --teacher.weights FILE")  # fmt: skip
     given = input_of(settings, teacher)
@@ -60,7 +64,8 @@ def build(settings: Settings, me: World) -> Job:
     seen |= {f"{split}_samples": info.samples for split, info in infos.items()}
     lineage |= {"stages": [*lineage["stages"], settings.stage], "data": [*lineage["data"], seen]}
 
-    stage = kind(settings, student, teacher if kind.compares and is_trained(settings) else None, num_classes, infos)
+    beside = teacher if kind.compares and (is_trained(settings) or kind.needs_teacher) else None
+    stage = kind(settings, student, beside, num_classes, infos)
     if not any(p.requires_grad for p in stage.parameters()):
         which = settings.student.trainable
         raise UserError(f"student.trainable {which}: the student has no such parameters; choose another")

@@ -31,12 +31,12 @@ def check(settings: Settings, ranks: Iterable[int]) -> None:
     folder.check(settings)
     if folder.complete:
         return
-    if settings.student.parent not in (None, "none"):
+    stage = stage_of(settings)
+    if isinstance(stage, type) and settings.student.parent not in (None, "none"):
         models.read_config(Path(settings.student.parent))
     weights = settings.teacher.weights
     if weights is not None and not Path(weights).exists():
         raise UserError(f"teacher.weights {weights}: no such file")
-    stage = stage_of(settings)
     if isinstance(stage, type):
         infos = inspect_data(settings)
         for size in ranks:
@@ -44,6 +44,8 @@ def check(settings: Settings, ranks: Iterable[int]) -> None:
             stage.check(settings, infos, settings.train.batch_size // size // accumulation(settings, size))
     else:
         stage.check(settings)
+        if settings.teacher.name is None:  # an export's own, which it may be judged without
+            return
     with torch.device("meta"):  # of any size, at no cost
         teacher = build_teacher(replace(settings, teacher=replace(settings.teacher, weights=None, pretrained=False)))
         input_of(settings, teacher)

@@ -58,6 +58,8 @@ def chosen_blocks(
                 f"student.keep_softmax is {wanted}; mend the setting, or choose another with --student.parent"
             )
         return keep, None
+    if next(teacher.parameters()).is_meta:
+        return list(range(count)), f"which {count} blocks keep softmax attention is measured with the teacher's weights"
     path = stage_path(settings.run, settings.stage) / FILE
     of = {
         "teacher": models.fingerprint(teacher.blocks),

@@ -19,7 +19,7 @@ class Teacher:
     free: ClassVar = frozenset({"weights"})  # compared by what they hold
 
     name: str | None = None
-    """timm's name of the architecture, with or without a pretrained tag."""
+    """timm's name, with or without a pretrained tag; or hf:OWNER/NAME or hf:FOLDER, a checkpoint of transformers."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Architecture overrides for timm.create_model."""
     weights: OptionalPath = None
@@ -27,7 +27,7 @@ class Teacher:
     weights_key: str | None = None
     """Which network of the file is meant, where several fit, such as teacher.backbone."""
     pretrained: bool = True
-    """Whether to load weights; false leaves them random, which only stage 3 accepts."""
+    """Whether to load weights; false leaves them random, which only stage 3, a dry run and an evaluation accept."""
 
 
 @dataclass

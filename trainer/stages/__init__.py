@@ -12,4 +12,5 @@ STAGES: dict[str, str | dict[str, str]] = {
         "segmentation": "trainer.stages.segmentation.stage:Segmentation",
     },
     "probe": "trainer.probe.stage",
+    "evaluate": "trainer.evaluate.stage",
 }

@@ -1,0 +1,1 @@
+"""A verdict on a model, teacher beside student: what it is worth on labels, masks and images, and what it costs."""
