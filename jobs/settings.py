@@ -21,7 +21,7 @@ from trainer.stages import STAGES
 
 CLUSTERS = Path(__file__).parent / "clusters"
 ORDER = tuple(STAGES)
-CHAIN = tuple(stage for stage in ORDER if stage != "evaluate")  # what a run is made of
+RUN = tuple(stage for stage in ORDER if stage != "evaluate")  # what a run is made of
 OURS = {"array", "dependency", "error", "nodes", "output", "requeue", "signal"}  # options of sbatch that we set
 
 
@@ -111,7 +111,7 @@ class Request(Resources):
 
     cluster: PathName = "slurm"
     """The cluster: a YAML file, or the name of one in jobs/clusters."""
-    stages: list[Literal[ORDER]] = field(default_factory=lambda: list(CHAIN))
+    stages: list[Literal[ORDER]] = field(default_factory=lambda: list(RUN))
     """Stages, a job each; each waits for the one before."""
     sweep: list[str] = field(default_factory=list)
     """SETTING=VALUE,VALUE ...: a run per combination, in arrays."""

@@ -64,11 +64,7 @@ class Common:
     """The settings that all stages share."""
 
     stage: Literal[tuple(STAGES)]
-<<<<<<< HEAD
-    """The stage: 1 attention alignment, 2 feature alignment, 3 supervised fine-tuning; probe; all runs 1, 2 and 3."""
-=======
-    """The stage: 1 attention alignment, 2 feature alignment, 3 supervised fine-tuning; probe; or evaluate."""
->>>>>>> wt-judge
+    """1 attention alignment, 2 feature alignment, 3 supervised fine-tuning; probe; evaluate; all: 1, 2 and 3."""
     task: Literal[TASKS] = TASKS[0]
     """What stage 3 learns."""
     run: PathName | None = None
@@ -101,11 +97,7 @@ Settings = dataclasses.make_dataclass(
 Settings.__doc__ = "All settings of one stage's run: `Common`, and the groups of every stage."
 
 # May change between a run and its continuation: they alter nothing of what is learned. So may the `free` of a group.
-<<<<<<< HEAD
-FREE = {"run", "dry_run", "deepspeed", "wandb", "tracking"}
-=======
-FREE = {"run", "dry_run", "deepspeed", "wandb", "evaluate"}
->>>>>>> wt-judge
+FREE = {"run", "dry_run", "deepspeed", "wandb", "tracking", "evaluate"}
 
 
 def place_of(settings: Common) -> str:
@@ -195,11 +187,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     for option in ("--probe.test", "--evaluate.beside"):
         argv = gather(argv, option)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-<<<<<<< HEAD
-    for option in ("config", "stage", "task", "run", "teacher.name", "data.train"):
-=======
-    for option in ("config", "stage", "task", "run", "teacher.name", "student.parent"):
->>>>>>> wt-judge
+    for option in ("config", "stage", "task", "run", "teacher.name", "data.train", "student.parent"):
         peek.add_argument(f"--{option}", dest=option.replace(".", "_"))
     try:
         typed, _ = peek.parse_known_args(argv)
@@ -216,13 +204,9 @@ def parse(argv: list[str] | None = None) -> Settings:
         parser.print_help()
         raise SystemExit(0)
     if typed.stage is None:
-<<<<<<< HEAD
         raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}, or all")
-=======
-        raise UserError(f"--stage: which stage is missing; give --stage with {words(Literal[tuple(STAGES)])}")
     if typed.stage == "evaluate" and typed.run is None:
         typed.run = run_of(typed.student_parent)
->>>>>>> wt-judge
     source = find_source(typed)
     recipe = read_recipe(source, typed.stage, typed.task)
     if typed.teacher_name:
@@ -231,13 +215,8 @@ def parse(argv: list[str] | None = None) -> Settings:
         recipe = merge(recipe, {"data": {"val": None}})
     as_recipe = [f"--recipe={yaml.safe_dump(recipe)}"]
     settings = _build(Settings, parser.parse_args([*as_recipe, *argv]))
-<<<<<<< HEAD
-    settings.run = settings.run or str(Path("runs") / source.stem)
-    settings.source, settings.typed = str(source), tuple(argv)
-=======
     settings.run = settings.run or typed.run or str(Path("runs") / source.stem)
-    settings.source = str(source)
->>>>>>> wt-judge
+    settings.source, settings.typed = str(source), tuple(argv)
     if source.is_relative_to(Path(settings.run)):
         begun = as_dict(_build(Settings, parser.parse_args([*as_recipe, "--stage", typed.stage])))
         settings.changed = differences(begun, as_dict(settings))

@@ -54,8 +54,9 @@ def teacher_lineage(settings: Settings, teacher: nn.Module) -> dict[str, Any]:
     """What an export says of the teacher that it comes from."""
     chosen = settings.teacher
     # Of a local file all its tensors; else the blocks, which change with no image size and no head.
-<<<<<<< HEAD
-    sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
+    sha256 = None  # of shapes alone, as a dry run without weights has them
+    if not next(teacher.parameters()).is_meta:
+        sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
     return {"name": without_folder(chosen.name), "kwargs": chosen.kwargs, "sha256": sha256}
 
 
@@ -64,15 +65,6 @@ def without_folder(name: Any) -> Any:
     source, colon, place = name.partition(":") if isinstance(name, str) else ("", "", "")
     folder = Path(place).expanduser() if colon else Path()
     return f"{source}:{folder.name}" if colon and (folder.is_absolute() or folder.is_dir()) else name
-=======
-    sha256 = None  # of shapes alone, as a dry run without weights has them
-    if not next(teacher.parameters()).is_meta:
-        sha256 = models.fingerprint(models.read_weights(chosen.weights) if chosen.weights else teacher.blocks)
-    source, _, place = chosen.name.partition(":")
-    # Where a folder lies on this disk is nobody's business.
-    name = f"hf:{Path(place).name}" if source == "hf" and Path(place).expanduser().is_dir() else chosen.name
-    return {"name": name, "kwargs": chosen.kwargs, "sha256": sha256}
->>>>>>> wt-judge
 
 
 def check_lineage(
