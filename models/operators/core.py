@@ -8,11 +8,13 @@ by name, because torch.fx takes names into a graph and no functions.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .. import kernels
 
 EPS = 1e-6  # floor of the normaliser; reached only by maps such as relu that can give a token no feature at all
 
@@ -127,13 +129,58 @@ def attend(
         [B, H, N, K] in the dtype of `v_BHNK`, and phi(q) sum_n phi(k_n) [B, H, N, 1] in at least fp32.
     """
 
+    return IMPLEMENTATIONS[implementation_of(name, q_BHNK, k_BHNK, v_BHNK)](
+        name, q_BHNK, k_BHNK, v_BHNK, weights, numbers
+    )
+
+
+def _with_torch(
+    name: str, q: Tensor, k: Tensor, v: Tensor, weights: list[Tensor], numbers: list[float]
+) -> tuple[Tensor, Tensor]:
     def features(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return FEATURES[name](q, k, *weights, *numbers)
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return _Attend.apply(features, q_BHNK, k_BHNK, v_BHNK, *weights)[:2]
-    with without_autocast(v_BHNK):  # a compiler chooses by itself what it keeps for backward
-        return _quotient(*features(q_BHNK, k_BHNK, *weights), v_BHNK)[:2]
+        return _Attend.apply(features, q, k, v, *weights)[:2]
+    with without_autocast(v):  # a compiler chooses by itself what it keeps for backward
+        return _quotient(*features(q, k, *weights), v)[:2]
+
+
+def _quadratic(
+    name: str, q: Tensor, k: Tensor, v: Tensor, weights: list[Tensor], numbers: list[float]
+) -> tuple[Tensor, Tensor]:
+    """All N x N weights."""
+    with without_autocast(v):
+        f, g = FEATURES[name](q, k, *weights, *numbers)
+        products = f @ g.transpose(-2, -1)
+        norm = products.sum(-1, keepdim=True)
+        return (products @ wide(v) / norm.clamp_min(EPS)).to(v.dtype), norm
+
+
+# Of `attend`: the formula, torch's matrix products, and fused kernels.
+IMPLEMENTATIONS: dict[str, Callable] = {"reference": _quadratic, "torch": _with_torch, "triton": kernels.attend}
+_chosen = "torch"  # until the kernels have been measured on a GPU
+
+
+def implementation_of(name: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The implementation for tensors like these: torch, or what `implementation` says.
+
+    Where kernels are asked for and do not serve an operator, a head dimension or a dtype, torch does.
+    """
+    return "torch" if _chosen == "triton" and not kernels.serves(name, q, k, v) else _chosen
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Within it this process computes attention by one of `IMPLEMENTATIONS`. Raises ValueError on another name."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {name!r}: unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    global _chosen
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 FEATURES: dict[str, Callable] = {}

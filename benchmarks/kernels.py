@@ -1,0 +1,90 @@
+"""The Triton kernels: built ahead of time for GPUs that need not be here, and the bytes that they move.
+
+`python -m benchmarks.kernels` compiles each kernel for sm_80 and sm_90 and prints registers, spills and shared memory:
+on any machine with Triton. The bytes are counted in Triton's interpreter, load by load.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from benchmarks.common import markdown
+from models import kernels
+from models.kernels import triton_attention
+
+KERNELS = ("state_kernel", "output_kernel", "queries_kernel", "keys_kernel")
+ARCHITECTURES = (80, 90)
+FP32 = {"power", "shift", "state", "total", "norm", "dnorm", "dstate", "dtotal", "dpower", "dmap", "q_map", "k_map"}
+OPTIONS = {"num_warps", "num_stages"}
+
+
+def compile_ahead(name: str, kind: str, head_dim: int, capability: int, dtype: str = "bf16") -> dict[str, Any]:
+    """Registers per thread, bytes of spills and of shared memory of a kernel, compiled for `capability`."""
+    kernel = getattr(triton_attention, name)
+    how = kernels.constants(kind, head_dim, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    constants = {key: value for key, value in how.items() if key not in OPTIONS}
+    constants |= {"MAP": getattr(triton_attention, kind), "SHARES": 1}
+    absent = {"FOCUSED": {"shift", "q_map", "k_map"}, "EXP": {"power", "q_map", "k_map"}, "HEDGEHOG": {"power", "shift"}}
+    constants |= {key: None for key in absent.get(kind, {"power", "shift", "q_map", "k_map"}) if key in kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, key in enumerate(kernel.arg_names):
+        if key in constants:
+            signature[key] = "constexpr"
+        elif key == "scale":
+            signature[key] = "fp32"
+        elif key in "HNK" or key[1:] in ("B", "H", "N"):
+            signature[key] = "i32"
+            if key != "N" and key != "H":
+                attributes[i,] = [["tt.divisibility", 8 if key == "K" and head_dim % 16 else 16]]
+        else:
+            signature[key] = f"*{'fp32' if key in FP32 else dtype}"
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {key: how[key] for key in OPTIONS}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(built.asm["ptx"])
+        target = re.search(r"\.target (\w+)", built.asm["ptx"])[1]
+        said = subprocess.run(
+            [get_ptxas(capability).path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/out"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return {"registers": int(re.search(r"Used (\d+) registers", said)[1]), "spills": spills, "shared": built.metadata.shared}
+
+
+def builds(head_dims: tuple[int, ...] = (32, 64, 72, 128)) -> Iterator[tuple[str, str, int, int]]:
+    """Every kernel, map, head dimension and architecture."""
+    for capability in ARCHITECTURES:
+        for head_dim in head_dims:
+            for kind in dict.fromkeys(kernels.MAPS.values()):
+                for name in KERNELS:
+                    yield name, kind, head_dim, capability
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 128))
+    args = parser.parse_args()
+    rows = []
+    for name, kind, head_dim, capability in builds(tuple(args.head_dims)):
+        found = compile_ahead(name, kind, head_dim, capability)
+        rows.append([name, kind.lower(), str(head_dim), f"sm_{capability}", *map(str, found.values())])
+        print(rows[-1], flush=True)
+    print(markdown(["kernel", "map", "head dim", "for", "registers", "bytes spilled", "bytes shared"], rows))
+
+
+if __name__ == "__main__":
+    main()
