@@ -90,7 +90,19 @@ def main(argv: list[str] | None = None) -> int:
             _say(first, f"{of} is done after {took}" if is_complete(path) else left_out)
     if first and not next(iter(stages.values())).dry_run:
         print(summary(run, list(stages)), flush=True)
+        _say(first, _report(run))
     return 0
+
+
+def _report(run: Path) -> str:
+    """Writes the page of the run, with its softmax baseline where there is one; says where, or why not."""
+    from trainer.report import report
+
+    beside = baseline(run)
+    try:
+        return f"report: {report([run, *([beside] if beside else [])], run / 'report.html')}"
+    except UserError as error:
+        return f"report: {error}"
 
 
 def _rank() -> int:

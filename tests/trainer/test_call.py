@@ -18,7 +18,7 @@ from tools.write_notebook import EXAMPLES, SCRIPTS, notebook
 from trainer import call, convert
 from trainer.call import arguments, saved
 
-QUICK = ["train.steps=2", "train.batch_size=8", "wandb.enabled=false", "train.bf16=false", "data.workers=1"]
+QUICK = ["train.steps=2", "train.batch_size=8", "tracking=[]", "train.bf16=false", "data.workers=1"]
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def test_a_chain_on_a_folder_stops_and_goes_on(small: Path, tmp_path: Path) -> N
         "teacher (softmax)", "weights copied, not trained", "after stage 1", "after stage 2", "after stage 3",
     ]  # fmt: skip
     assert table[0].split("  ")[-1] == "feature cosine" and table[-1] == f"student: {tmp_path}/two/stage3/export"
+    assert "After stage 3" in (tmp_path / "two/report.html").read_text() and "/two/report.html" in run.err
     again = run_trainer(small, tmp_path / "two", "all", *argv[6:], *SMALL)
     assert again.code == 0 and again.out.splitlines() == table and again.err.count("is complete") == 3
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.evaluate.masks import miou, resampled
-from trainer.probe.report import Z, paired, wilson
+from trainer.output.intervals import Z, wilson
+from trainer.probe.report import paired
 
 INTERVALS = "95 %: Wilson (accuracies), normal (means, paired differences), bootstrap (mIoU); speed: quartiles"
 Row = dict[str, Any]  # measure, model, value, low, high, unit; further keys of the measure's own

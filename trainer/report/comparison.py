@@ -20,7 +20,7 @@ def comparison(runs: Sequence[RunRecord]) -> Section:
     differs = list(dict.fromkeys(key for key, _ in apart))
     rows = []
     for run, found in zip(runs, settings, strict=True):
-        newest = [row for row in evaluations(run) if row["kind"] != "start" and not row["name"].startswith("Teacher")]
+        newest = [row for row in evaluations(run) if row["kind"] in ("student", "baseline")]
         differ = {key: _values(found, [place for place in apart if place[0] == key]) for key in differs}
         rows.append({"name": run.name, "student": newest[-1] if newest else None, "differs": differ})
     tops = [r["student"]["interval"] for r in rows if r["student"] and r["student"]["interval"]]

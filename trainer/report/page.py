@@ -27,6 +27,9 @@ def report(runs: Sequence[Path], out: Path) -> Path:
             raise UserError(f"{record.path}: no such run folder; give the folder that --run named")
         if not record.begun and not record.probe and not record.evaluation:
             raise UserError(f"{record.path}: holds no stage of a run; give the folder that --run named")
+    softmax = next((record for record in records if record.stages[2].is_baseline), None)
+    for record in records:
+        record.baseline = None if record is softmax else softmax
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -176,6 +176,7 @@ class RunRecord:
 
     path: Path
     name: str
+    baseline: "RunRecord | None" = None  # another run of the same page, whose student kept softmax attention
 
     def __post_init__(self) -> None:
         self.stages = [StageRecord(stage, stage_path(self.path, stage)) for stage in ("1", "2", "3")]

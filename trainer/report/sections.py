@@ -98,7 +98,7 @@ def evaluations(run: RunRecord) -> list[Section]:
             whole = stage.complete or at == steps
             name = f"After stage {stage.stage}" if not stage.is_baseline else f"Softmax baseline, stage {stage.stage}"
             rows.append(_row(name if whole else f"Stage {stage.stage} at step {at} of {steps or '?'}", stage.last,
-                             "teacher" if stage.is_baseline else "student"))  # fmt: skip
+                             "baseline" if stage.is_baseline else "student"))  # fmt: skip
     return rows
 
 
@@ -116,6 +116,10 @@ def results(run: RunRecord) -> Section | None:
     rows = evaluations(run)
     if not rows:
         return None
+    teacher, student = rows[0] if rows[0]["kind"] == "teacher" else None, rows[-1]
+    if run.baseline is not None:
+        beside = evaluations(run.baseline)[-1:]
+        rows += [row | {"name": f"{row['name']} ({run.baseline.name})"} for row in beside if row["kind"] == "baseline"]
     tops = [row["interval"] or (row["top1"],) * 2 for row in rows if row["top1"] is not None]
     low = max(0.0, min((t[0] for t in tops), default=0.0) - 3) // 5 * 5
     for row in rows:
@@ -124,7 +128,6 @@ def results(run: RunRecord) -> Section | None:
            if any(row[k] is not None for row in rows)]  # fmt: skip
     counts = sorted({row["images"] for row in rows if row["images"]})
     datas = {s.get("data.val") for s in run.begun if s.last or s.first}
-    teacher, student = rows[0] if rows[0]["kind"] == "teacher" else None, rows[-1]
     cards = []
     if teacher and teacher["top1"] is not None:
         cards.append({"value": percent(teacher["top1"]), "name": "teacher, top-1"})
@@ -134,7 +137,7 @@ def results(run: RunRecord) -> Section | None:
         ("feature_cosine", "feature cosine", cosine),
     ):
         if student["kind"] != "teacher" and student[key] is not None:
-            who = "student" if student["kind"] == "student" else "not trained"
+            who = {"student": "student", "baseline": "softmax baseline"}.get(student["kind"], "not trained")
             cards.append({"value": form(student[key]), "name": f"{who}, {name}"})
     if teacher and teacher["top1"] and student["kind"] == "student" and student["top1"] is not None:
         cards.append(

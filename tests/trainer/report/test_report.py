@@ -208,6 +208,18 @@ def test_runs_are_compared_and_seeds_are_summed_up(small: Path, run: Path, tmp_p
     assert "Loss, stage 2" in text
 
 
+def test_a_softmax_baseline_stands_in_the_table(run: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "beside/stage3"
+    shutil.copytree(run / "stage2", stage, ignore=shutil.ignore_patterns("wandb", "checkpoints", "pictures"))
+    settings = yaml.safe_load((stage / "config.yaml").read_text())
+    settings["student"]["attention"] = "softmax"
+    (stage / "config.yaml").write_text(yaml.safe_dump(settings))
+    text = page_of(tmp_path, run, tmp_path / "beside")
+    assert "Softmax baseline, stage 3 (beside)" in text
+    assert "vit_tiny_patch16_224, the softmax baseline." in text
+    assert "Stage 1, attention alignment, has not run." not in text
+
+
 def test_masks_are_shown(small: Path, tmp_path: Path) -> None:
     masks = ["--task", "segmentation", "--student.parent", "none", "--train.steps", "2"]
     files = ["--data.train", str(small / "masked.beton"), "--data.val", str(small / "masked_val.beton")]
