@@ -34,8 +34,14 @@ def compile_ahead(name: str, kind: str, head_dim: int, capability: int, dtype: s
     how = kernels.constants(kind, head_dim, torch.bfloat16 if dtype == "bf16" else torch.float32)
     constants = {key: value for key, value in how.items() if key not in OPTIONS}
     constants |= {"MAP": getattr(triton_attention, kind), "SHARES": 1}
-    absent = {"FOCUSED": {"shift", "q_map", "k_map"}, "EXP": {"power", "q_map", "k_map"}, "HEDGEHOG": {"power", "shift"}}
-    constants |= {key: None for key in absent.get(kind, {"power", "shift", "q_map", "k_map"}) if key in kernel.arg_names}
+    absent = {
+        "FOCUSED": {"shift", "q_map", "k_map"},
+        "EXP": {"power", "q_map", "k_map"},
+        "HEDGEHOG": {"power", "shift"},
+    }
+    constants |= {
+        key: None for key in absent.get(kind, {"power", "shift", "q_map", "k_map"}) if key in kernel.arg_names
+    }
     signature, attributes = {}, {}
     for i, key in enumerate(kernel.arg_names):
         if key in constants:
@@ -61,7 +67,11 @@ def compile_ahead(name: str, kind: str, head_dim: int, capability: int, dtype: s
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    return {"registers": int(re.search(r"Used (\d+) registers", said)[1]), "spills": spills, "shared": built.metadata.shared}
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spills": spills,
+        "shared": built.metadata.shared,
+    }
 
 
 def builds(head_dims: tuple[int, ...] = (32, 64, 72, 128)) -> Iterator[tuple[str, str, int, int]]:

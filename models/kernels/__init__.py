@@ -76,7 +76,7 @@ def _linear_attention(
 
 
 @_linear_attention.register_fake
-def _(q, k, v, kind, power, shift, q_map, k_map):  # noqa: ANN001, ANN202
+def _(q, k, v, kind, power, shift, q_map, k_map):
     return _outputs(q, v, kind)
 
 
@@ -85,7 +85,7 @@ def _backward(
     dy: Tensor, dnorm: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, state: Tensor, total: Tensor, kind: str,
     power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv [B, H, N, K]; the derivatives by the power [2, B, H] and by both maps [2, B, H, K, K], empty if none."""
+    """dq, dk, dv [B, H, N, K]; derivatives by the power [2, B, H] and by both maps [2, B, H, K, K], or empty."""
     from . import triton_attention as kernels
 
     B, H, N, K = q.shape
@@ -111,7 +111,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, dnorm, q, k, v, norm, state, total, kind, power, shift, q_map, k_map):  # noqa: ANN001, ANN202
+def _(dy, dnorm, q, k, v, norm, state, total, kind, power, shift, q_map, k_map):
     B, H, _, K = q.shape
     dpower = state.new_empty((2, B, H) if kind == "FOCUSED" else (2, 0))
     dmap = state.new_empty((2, B, H, K, K) if kind == "HEDGEHOG" else (2, 0))
@@ -120,8 +120,7 @@ def _(dy, dnorm, q, k, v, norm, state, total, kind, power, shift, q_map, k_map):
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, ctx.kind, *maps = inputs
-    out, *rest = output
-    ctx.save_for_backward(q, k, v, *rest, *maps)
+    ctx.save_for_backward(q, k, v, *output[1:], *maps)
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(*output[2:])
 
