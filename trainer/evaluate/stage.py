@@ -113,10 +113,10 @@ def judge(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
         read(plan, me, barrier)
         rows += on_labels(plan, me, barrier)
         rows += agreement(plan, me, barrier) if "agreement" in plan.measures else []
-    if "segmentation" in plan.measures:
-        rows += on_masks(plan, me, barrier)
-    if "mask_probe" in plan.measures:
-        rows += on_patches(plan, me, barrier)
+    if {"segmentation", "mask_probe"} & set(plan.measures):
+        share = masks_of(plan, me, "val", rank=me.rank, world_size=me.size)
+        rows += on_masks(plan, share, barrier) if "segmentation" in plan.measures else []
+        rows += on_patches(plan, me, share, barrier) if "mask_probe" in plan.measures else []
     if "speed" in plan.measures:
         barrier.work(speeds(plan, rows) if me.rank == 0 else nothing(), len(sizes(plan)) * len(plan.subjects), "speed")
     return rows if me.rank == 0 else []
@@ -256,7 +256,7 @@ def _as_many(plan: Plan, what: str, name: str) -> bool:
     return what == "zero_shot" or plan.subjects[name].classes == plan.subjects["teacher"].classes
 
 
-def on_masks(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
+def on_masks(plan: Plan, share: data.Loader, barrier: Barrier) -> list[report.Row]:
     """Mean intersection over union of the models that segment; the first that is not the student is compared with."""
     classes = len(plan.infos["val"].mask_classes)
     models = {
@@ -264,34 +264,34 @@ def on_masks(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
         if subject.segments and subject.config["segmentation"]["num_classes"] == classes
     }  # fmt: skip
     mine: dict[int, np.ndarray] = {}
-    made = masks.counts(models, masks_of(plan, me, "val", me.rank, me.size), plan.settings, classes, mine)
+    made = masks.counts(models, share, plan.settings, classes, mine)
     return overlaps_of_masks("mIoU", plan, list(models), made, mine, barrier)
 
 
-def on_patches(plan: Plan, me: World, barrier: Barrier) -> list[report.Row]:
+def on_patches(plan: Plan, me: World, share: data.Loader, barrier: Barrier) -> list[report.Row]:
     """Mean intersection over union of a linear probe of each model's patches."""
     train, classes = plan.infos["train"], len(plan.infos["val"].mask_classes)
     models = {name: subject for name, subject in plan.subjects.items() if subject.has_patches}
     mine: dict[str, patches.Probe] = {}
 
     def fit() -> Generator[None]:
-        for name in list(models)[me.rank :: me.size]:
-            chosen = patches.drawn(train, plan.settings.train.seed)
-            mine[name] = patches.fitted(models[name], masks_of(plan, me, "train", indices=chosen), classes)
+        names = list(models)[me.rank :: me.size]
+        chosen = patches.drawn(train, plan.settings.train.seed)
+        loader = masks_of(plan, me, "train", indices=chosen) if names else None
+        for name in names:
+            mine[name] = patches.fitted(models[name], loader, classes)
             yield
 
     barrier.work(fit(), len(models), "patches")
     probes = {name: probe for theirs in gathered(barrier, "patches of all", mine) for name, probe in theirs.items()}
     found: dict[int, np.ndarray] = {}
-    made = patches.counts(models, probes, masks_of(plan, me, "val", me.rank, me.size), classes, found)
+    made = patches.counts(models, probes, share, classes, found)
     return overlaps_of_masks("mIoU of a patch probe", plan, list(models), made, found, barrier)
 
 
-def masks_of(plan: Plan, me: World, split: str, rank: int = 0, ranks: int = 1, **more: Any) -> data.Loader:
-    """Images and masks at their own size, of all or of a rank's share."""
-    return data.original_loader(
-        plan.infos[split].path, batch_size=1, rank=rank, world_size=ranks, **common(plan, me), **more
-    )
+def masks_of(plan: Plan, me: World, split: str, **more: Any) -> data.Loader:
+    """Images and masks of a file at their own size. To build it takes seconds."""
+    return data.original_loader(plan.infos[split].path, batch_size=1, **common(plan, me), **more)
 
 
 def overlaps_of_masks(

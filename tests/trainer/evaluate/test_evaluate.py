@@ -223,14 +223,17 @@ def test_images_without_labels_and_another_evaluation(folder: Path, tmp_path: Pa
     assert not (tmp_path / "evaluate/results-2.json").exists()
 
 
+def masks_in(folder: Path, split: str) -> data.Loader:
+    return data.original_loader(folder / f"{split}.beton", batch_size=1, workers=1, mean=[0.5] * 3, std=[0.5] * 3)
+
+
 @torch.no_grad()
-def patch_probe_by_hand(folder: Path, vit: torch.nn.Module) -> float:
+def patch_probe_by_hand(folder: Path, val: data.Loader, vit: torch.nn.Module) -> float:
     """Percent."""
     x, y = {"masked": [], "masked_val": []}, []
     masks = []
     for split, kept in x.items():
-        loader = data.original_loader(folder / f"{split}.beton", batch_size=1, workers=1, mean=[0.5] * 3, std=[0.5] * 3)
-        for batch in loader.epoch():
+        for batch in (val if split == "masked_val" else masks_in(folder, split)).epoch():
             image = F.interpolate(batch["image"], (32, 32), mode="bilinear", antialias=True)
             kept.append(vit.forward_features(image)[0, 1:].numpy())
             if split == "masked":  # 32 x 32 pixels, 4 x 4 patches
@@ -260,9 +263,9 @@ def test_masks(folder: Path, tmp_path: Path) -> None:
     rows = {row["model"]: row for row in every if row["measure"] == "mIoU"}
     probed = {row["model"]: row["value"] for row in every if row["measure"] == "mIoU of a patch probe"}
     assert set(rows) == {"student", "softmax"} and set(probed) == {"teacher", "student", "softmax"}
-    by_hand = patch_probe_by_hand(folder, models.load(folder / "seg_student").backbone)
+    loader = masks_in(folder, "masked_val")
+    by_hand = patch_probe_by_hand(folder, loader, models.load(folder / "seg_student").backbone)
     assert probed["student"] == pytest.approx(by_hand, abs=0.1)  # a pixel of equal scores may fall otherwise
-    loader = data.original_loader(folder / "masked_val.beton", batch_size=1, workers=1, mean=[0.5] * 3, std=[0.5] * 3)
     for name in ("student", "softmax"):
         wanted = MulticlassJaccardIndex(3, ignore_index=IGNORE)
         model = models.load(folder / f"seg_{name}")
