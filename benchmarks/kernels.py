@@ -1,14 +1,14 @@
-"""The Triton kernels: built ahead of time for GPUs that need not be here, and the bytes that they move.
+"""The Triton kernels, built ahead of time for GPUs that need not be here.
 
-`python -m benchmarks.kernels` compiles each kernel for sm_80 and sm_90 and prints registers, spills and shared memory:
-on any machine with Triton. The bytes are counted in Triton's interpreter, load by load.
+`python -m benchmarks.kernels` compiles each kernel for sm_80 and sm_90 and prints registers, spills and shared memory.
+It needs Triton and no GPU. `tests/models/kernels/interpreted.py` counts the bytes.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +74,27 @@ def compile_ahead(name: str, kind: str, head_dim: int, capability: int, dtype: s
     }
 
 
-def builds(head_dims: tuple[int, ...] = (32, 64, 72, 128)) -> Iterator[tuple[str, str, int, int]]:
-    """Every kernel, map, head dimension and architecture."""
-    for capability in ARCHITECTURES:
-        for head_dim in head_dims:
-            for kind in dict.fromkeys(kernels.MAPS.values()):
-                for name in KERNELS:
-                    yield name, kind, head_dim, capability
-
-
 def main() -> None:
     """Print the table."""
+    kinds = list(dict.fromkeys(kernels.MAPS.values()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 128))
+    parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 80, 88, 96, 128))
+    parser.add_argument("--maps", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--for", dest="capabilities", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args()
-    rows = []
-    for name, kind, head_dim, capability in builds(tuple(args.head_dims)):
-        found = compile_ahead(name, kind, head_dim, capability)
-        rows.append([name, kind.lower(), str(head_dim), f"sm_{capability}", *map(str, found.values())])
-        print(rows[-1], flush=True)
+    found = {
+        (name, kind, head_dim, capability): compile_ahead(name, kind, head_dim, capability)
+        for capability in args.capabilities
+        for head_dim in args.head_dims
+        for kind in args.maps
+        for name in KERNELS
+    }
+    if args.json:
+        print(json.dumps({"-".join(map(str, key)): values for key, values in found.items()}))
+        return
+    rows = [[name, kind.lower(), str(K), f"sm_{sm}", *map(str, values.values())]
+            for (name, kind, K, sm), values in found.items()]  # fmt: skip
     print(markdown(["kernel", "map", "head dim", "for", "registers", "bytes spilled", "bytes shared"], rows))
 
 
