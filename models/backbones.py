@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .checkpoints import Shapes, fit, one_line, open_weights, pair
 from .hf import describe as describe_hf
 from .hf import hub_without_long_waits, weights_of
+from .parallel import with_plain_blocks
 
 
 def build_backbone(
@@ -34,7 +35,8 @@ def build_backbone(
 ) -> nn.Module:
     """A timm model, in eval mode, fp32, on the CPU.
 
-    timm's own notes on the weights, and what has to be assumed of a file, are given as warnings.
+    timm's own notes on the weights, and what has to be assumed of a file, are given as warnings. Parallel blocks are
+    replaced, see `parallel`.
 
     Args:
         name: timm's name, with or without the pretrained tag, also as the hub writes it (`timm/...`); or
@@ -99,7 +101,7 @@ def build_backbone(
         model.load_state_dict(state)
     for note in notes(name, given) if weights is not None or pretrained else ():
         warnings.warn(f"teacher.name {name}: {note}", stacklevel=2)
-    return model.eval()
+    return with_plain_blocks(model).eval()
 
 
 def notes(name: str, kwargs: Mapping[str, Any] | None = None) -> list[str]:

@@ -24,6 +24,7 @@ from .checkpoints import check_finite, check_fit, exports_within, mark_of, one_l
 from .heads import build_head
 from .hf import hub_without_long_waits
 from .linearize import linearize
+from .parallel import with_plain_blocks
 from .segmenter import Segmenter, backbone_of
 
 FORMAT = 1
@@ -237,7 +238,7 @@ def _describe(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
     backbone, attention = config["backbone"], config["attention"]
-    model = timm.create_model(backbone["name"], pretrained=False, **backbone["kwargs"])
+    model = with_plain_blocks(timm.create_model(backbone["name"], pretrained=False, **backbone["kwargs"]))
     linear = set(attention["linear_blocks"])
     if linear:
         blocks = set(range(len(model.blocks)))

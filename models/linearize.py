@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .linear_attention import LinearAttention
 from .operators import PatchGrid, check_additions, check_operator
+from .parallel import PARALLEL, with_plain_blocks
 
 ViT = VisionTransformer | Eva
 
@@ -28,7 +29,8 @@ def linearize(
 
     Parameter names and values are unchanged, so are `forward_features`, `forward_intermediates`, `get_classifier`,
     prefix tokens, qk-norm, rotary positions, layer scale, `requires_grad` and train or eval mode; attention dropout is
-    gone. Covers DeiT, AugReg, MAE, CLIP, SigLIP, DINOv2 with and without registers; EVA-02, DINOv3, PE.
+    gone. Covers DeiT, AugReg, MAE, CLIP, SigLIP, DINOv2 with and without registers; EVA-02, DINOv3, PE. Parallel blocks
+    get one attention first, and with it other names, see `parallel`.
 
     Parameters that an operator or addition has besides are trainable and start from constants, so the same `vit`
     always gives the same copy.
@@ -54,6 +56,8 @@ def linearize(
         raise ValueError(f"keep_softmax {wrong}: the model has blocks 0 to {depth - 1}")
     keep = {i % depth for i in keep_softmax}
     student = copy.deepcopy(vit)
+    if len(keep) < depth:
+        with_plain_blocks(student)
     for i, block in enumerate(student.blocks):
         if i not in keep:
             block.attn = LinearAttention(block.attn, operator, operator_kwargs, additions, vit.num_prefix_tokens)
@@ -73,6 +77,8 @@ def check_linearizable(vit: nn.Module) -> None:
             f"{kind}: not a timm VisionTransformer or Eva, it cannot be linearised; choose a ViT such as vit_*"
         )
     for i, block in enumerate(vit.blocks):
+        if type(block) in PARALLEL:
+            continue
         attn = getattr(block, "attn", None)
         if type(attn) not in (Attention, AttentionRope, EvaAttention):
             what = f"has {type(attn).__name__}" if attn is not None else f"({type(block).__name__}) has no attention"
@@ -82,7 +88,7 @@ def check_linearizable(vit: nn.Module) -> None:
 
 def linear_blocks(vit: nn.Module) -> list[int]:
     """Indices of the blocks of `vit` that attend linearly."""
-    return [i for i, block in enumerate(vit.blocks) if isinstance(block.attn, LinearAttention)]
+    return [i for i, block in enumerate(vit.blocks) if isinstance(getattr(block, "attn", None), LinearAttention)]
 
 
 @contextmanager

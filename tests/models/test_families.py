@@ -27,6 +27,8 @@ FAMILIES = [
     "vit_small_patch14_reg4_dinov2.lvd142m",
     "vit_giant_patch14_dinov2.lvd142m",  # a gated MLP
     "vit_huge_patch14_gap_224.in1k_ijepa",
+    "vit_pwee_patch16_reg1_gap_256.sbb_in1k",  # parallel, as ViT-22B
+    "vit_small_patch16_18x2_224",  # attentions side by side
     "eva02_tiny_patch14_224.mim_in22k",
     "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k",
     "eva02_base_patch16_clip_224.merged2b",

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
+from timm.models.vision_transformer import ResPostBlock
 from torch.nn import functional as F
 
 from models import OPERATORS, LinearAttention, borrowed_attention, fingerprint, linear_blocks, linearize
@@ -204,8 +204,6 @@ REFUSED = {
     "beitv2_base_patch16_224": (SMALL_VIT, "Beit"),
     "resnet18": ({}, "ResNet"),
     "differential": ({**SMALL_VIT, "attn_layer": "diff", "num_heads": 2}, "block 0 has DiffAttention"),
-    "parallel scaling": ({**SMALL_VIT, "block_fn": ParallelScalingBlock}, r"block 0 \(ParallelScalingBlock\)"),
-    "parallel things": ({**SMALL_VIT, "block_fn": ParallelThingsBlock}, r"block 0 \(ParallelThingsBlock\)"),
 }
 
 
