@@ -193,7 +193,7 @@ def constants(kind: str, K: int, dtype: torch.dtype) -> dict[str, int]:
     """Sizes of blocks, and warps. One choice for each head dimension: nothing is tuned while a model runs."""
     BK = max(32, 1 << (K - 1).bit_length())
     heavy = BK == 128 or dtype == torch.float32
-    return {"BK": BK, "BN": 32 if heavy else 64, "num_warps": 8 if BK == 128 else 4, "num_stages": 2}
+    return {"BK": BK, "BN": 32 if heavy else 64, "num_warps": 8, "num_stages": 2}
 
 
 def _shares(heads: int, N: int) -> int:
