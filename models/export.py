@@ -61,7 +61,7 @@ def save(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, A
     lineage = hashlib.sha256(json.dumps(content.get("lineage"), sort_keys=True).encode()).hexdigest()
     mark = json.dumps({"format": FORMAT, **mark_of(content), "lineage": lineage})
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(state, weights, {"format": "pt", "unsoftmax": mark})
+    save_file(state, weights, {"unsoftmax": mark})  # of one entry, since safetensors writes several in any order
     os.umask(umask := os.umask(0))
     weights.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
     content |= _for_timm(content)

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import string
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -564,7 +565,8 @@ def settings(bench: Bench, number: int) -> list[Fault]:
         path.write_bytes(content)
         outcome, said = EQUAL, ""
         try:
-            parsed = parse([word.encode("utf-8", "replace").decode() for word in argv])
+            with PARSING:
+                parsed = parse([word.encode("utf-8", "replace").decode() for word in argv])
             # What is accepted is what a run folder keeps: read back, it is the same.
             StageFolder(parsed).check(parsed)
         except (UserError, ValueError, OSError) as error:
@@ -589,6 +591,8 @@ def settings(bench: Bench, number: int) -> list[Fault]:
     return found
 
 
+# Two threads in the ast of Python 3.11 at a time may be a SystemError; the program has one.
+PARSING = threading.Lock()
 FAMILIES: dict[str, Callable[[Bench, int], list[Fault]]] = {
     "beton": beton, "weights": weights, "export": export, "text": text, "kept": kept, "checkpoint": checkpoint,
     "hostile": hostile, "exchanged": exchanged, "lineage": lineage,

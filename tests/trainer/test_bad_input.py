@@ -123,7 +123,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "beton_truncated": (("--data.train", "{bad}/truncated.beton"), ("truncated.beton", "truncated", "write it again")),
     "beton_val_truncated": (("--data.val", "{bad}/truncated.beton"), ("truncated.beton", "truncated")),
     "beton_text": (("--data.train", "{bad}/text.beton"), ("text.beton", "not a .beton")),
-    "beton_folder": (("--data.train", "{bad}"), ("folder",)),
+    "beton_folder": (("--data.train", "{bad}"), ("data.train", "holds no images", "other files passed over")),
     "labels_outside_head": (("--stage", "3", "--stage3.num_classes", "2"), ("train.beton", "up to 3", "2 classes")),
     "labels_outside_the_head": (
         ("--stage", "3", "--stage3.num_classes", "3"), ("train.beton", "labels up to 3", "3 classes"),

@@ -266,7 +266,7 @@ class Five(Blobs):
         (["--probe.test", "val={small}/val.beton"], ("probe.test val=", "taken")),
         (["--probe.test", "{small}/val.beton"], ("probe.test", "NAME=FILE")),
         (["--data.val", "null"], ("data.val null", "--probe.test NAME=FILE")),
-        (["--data.train", "null"], ("data.train", "--data.train FILE")),
+        (["--data.train", "null"], ("data.train", "--data.train FOLDER")),
         (["--probe.test", "train={small}/val.beton"], ("probe.test train=", "taken")),
         (["--probe.store_gib", "1e-6"], ("probe.store_gib 1e-06", "at least", "probe.dtype fp16")),
         (["--probe.store_gib", "1e-4", "--probe.images", "70"], ("probe.store_gib 0.0001", "at least")),
