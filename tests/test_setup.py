@@ -12,6 +12,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import timm
+from PIL import Image
+
+import models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,6 +92,47 @@ def test_wheel_imports_outside_the_clone(wheel, tmp_path):
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+USE = """
+import json, runpy, sys
+import onnxruntime, timm, torch
+from PIL import Image
+from unsoftmax import load
+
+vit = load("export")
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(vit))
+images = transform(Image.open("photo.jpg").convert("RGB"))[None]
+with torch.no_grad():
+    logits = vit(images)
+assert vit.pretrained_cfg["label_names"][logits.argmax(-1).item()] in ("cat", "dog", "owl")
+sys.argv = ["unsoftmax.onnx", "export", "student.onnx"]
+try:
+    runpy.run_module("unsoftmax.onnx", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+session = onnxruntime.InferenceSession("student.onnx")
+theirs = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+assert (torch.from_numpy(theirs) - logits).abs().max() < 1e-4
+bad = sorted({"models", "data", "trainer", "ffcv", "deepspeed"} & set(sys.modules))
+assert not bad, bad
+"""
+
+
+def test_an_export_is_used_with_the_wheel_alone(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 3}
+    student = models.linearize(timm.create_model("vit_tiny_patch16_224", **kwargs), "focused")
+    attention = {"operator": "focused", "kwargs": {"power": 6}, "additions": [], "linear_blocks": [0, 1]}
+    given = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9, "interpolation": "bicubic"}
+    config = {"backbone": {"name": "vit_tiny_patch16_224", "kwargs": kwargs}, "attention": attention, "input": given}
+    config |= {"lineage": {}, "classes": ["cat", "dog", "owl"]}
+    models.save(tmp_path / "export", student.state_dict(), config)
+    Image.new("RGB", (50, 40), "teal").save(tmp_path / "photo.jpg")
+    site = next(p for p in sys.path if p.endswith("site-packages"))
+    code = f"import sys; sys.path += [{str(tmp_path)!r}, {site!r}]\n{USE}"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- tools/setup.sh -------------------------------------------------------------------------------------------------
