@@ -1,9 +1,10 @@
 """Mean intersection over union of models that segment, at the images' own size, with its interval."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import data
 from trainer.config import Settings
@@ -15,24 +16,34 @@ WINDOWS = 8  # per call of the model
 RESAMPLES = 1000
 
 
+Predict = Callable[[Tensor, Tensor], Tensor]  # image [3, H, W], its mask [H, W] -> classes [1, H, W]
+
+
+def predictions(subjects: dict[str, Subject], settings: Settings) -> dict[str, Predict]:
+    """What each model that segments says of an image, over the settings' views."""
+
+    def of(subject: Subject) -> Predict:
+        views = Views.of(settings, subject.net.patch_embed.img_size, WINDOWS)
+        logits = lambda x: subject.model(x).float()  # noqa: E731
+        return lambda image, mask: views.probabilities(logits, subject.seen(image[None])).argmax(1)
+
+    return {name: of(subject) for name, subject in subjects.items()}
+
+
 @torch.no_grad()
 def counts(
-    subjects: dict[str, Subject], loader: data.Loader, settings: Settings, classes: int, found: dict[int, np.ndarray]
+    predict: dict[str, Predict], loader: data.Loader, classes: int, found: dict[int, np.ndarray]
 ) -> Generator[None]:
     """Fill `found`: index of an image -> pixels [models, 3, classes]: found rightly, of the truth, given to the class.
 
     One batch per iteration, of this rank's share.
     """
-    views = {name: Views.of(settings, subject.net.patch_embed.img_size, WINDOWS) for name, subject in subjects.items()}
     for batch in loader.epoch():
         for image, mask, index, valid in zip(*(batch[k] for k in ("image", "mask", "index", "valid")), strict=True):
             if not valid:
                 continue
-            rows = []
-            for name, subject in subjects.items():
-                chance = views[name].probabilities(lambda x, s=subject: s.model(x).float(), subject.seen(image[None]))
-                matrix = confusion(chance.argmax(1), mask[None], classes)[0]
-                rows.append(torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]))
+            matrices = [confusion(say(image, mask), mask[None], classes)[0] for say in predict.values()]
+            rows = [torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]) for matrix in matrices]
             found[int(index)] = torch.stack(rows).cpu().numpy()
         yield
 

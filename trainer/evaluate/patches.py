@@ -4,7 +4,7 @@ Each patch of the training images has the class of most of its pixels. Ridge reg
 stage's code; its scores are resized to an image's own size, as DINOv2 evaluates linear segmentation, arXiv 2304.07193.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import data
 from models import IGNORE
+from trainer.evaluate.masks import Predict
 from trainer.evaluate.subjects import Subject
 from trainer.probe.quick import SHRINKAGE
 from trainer.probe.solve import Probes, Statistics, ridge, statistics
-from trainer.stages.segmentation.metrics import confusion
 
 IMAGES = 2048  # that are fitted, drawn by lot
 Probe = tuple[Statistics, Probes]
@@ -67,27 +67,19 @@ def moved(of: Any, device: str | torch.device) -> Any:
     return replace(of, **{name: value.to(device) for name, value in tensors.items()})
 
 
-@torch.no_grad()
-def counts(
-    subjects: dict[str, Subject], probes: dict[str, Probe], loader: data.Loader, classes: int,
-    found: dict[int, np.ndarray],
-) -> Generator[None]:  # fmt: skip
-    """Fill `found` as `masks.counts` does, with what the probes predict; one batch per iteration."""
-    device = next(iter(subjects.values())).device
-    probes = {name: (moved(stats, device), moved(probe, device)) for name, (stats, probe) in probes.items()}
-    for batch in loader.epoch():
-        for image, mask, index, valid in zip(*(batch[k] for k in ("image", "mask", "index", "valid")), strict=True):
-            if not valid:
-                continue
-            rows = []
-            for name, subject in subjects.items():
-                stats, probe = probes[name]
-                x = grid(subject, image)
-                z = stats.standardise(x.flatten(0, 1)[None])[0]
-                scores = z @ probe.weight_MPKD[0, 0].to(z).mT + probe.bias_MPK[0, 0].to(z)
-                scores = scores.mT.unflatten(1, x.shape[:2])[None]
-                given = F.interpolate(scores, mask.shape, mode="bilinear").argmax(1)
-                matrix = confusion(given, mask[None], classes)[0]
-                rows.append(torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]))
-            found[int(index)] = torch.stack(rows).cpu().numpy()
-        yield
+def predictions(subjects: dict[str, Subject], probes: dict[str, Probe]) -> dict[str, Predict]:
+    """What the probe of each model says of an image."""
+
+    def of(subject: Subject, stats: Statistics, probe: Probes) -> Predict:
+        def say(image: Tensor, mask: Tensor) -> Tensor:
+            x = grid(subject, image)
+            z = stats.standardise(x.flatten(0, 1)[None])[0]
+            scores = z @ probe.weight_MPKD[0, 0].to(z).mT + probe.bias_MPK[0, 0].to(z)
+            scores = scores.mT.unflatten(1, x.shape[:2])[None]
+            return F.interpolate(scores, mask.shape, mode="bilinear").argmax(1)
+
+        return say
+
+    return {
+        name: of(subject, *(moved(part, subject.device) for part in probes[name])) for name, subject in subjects.items()
+    }

@@ -264,7 +264,7 @@ def on_masks(plan: Plan, share: data.Loader, barrier: Barrier) -> list[report.Ro
         if subject.segments and subject.config["segmentation"]["num_classes"] == classes
     }  # fmt: skip
     mine: dict[int, np.ndarray] = {}
-    made = masks.counts(models, share, plan.settings, classes, mine)
+    made = masks.counts(masks.predictions(models, plan.settings), share, classes, mine)
     return overlaps_of_masks("mIoU", plan, list(models), made, mine, barrier)
 
 
@@ -285,7 +285,7 @@ def on_patches(plan: Plan, me: World, share: data.Loader, barrier: Barrier) -> l
     barrier.work(fit(), len(models), "patches")
     probes = {name: probe for theirs in gathered(barrier, "patches of all", mine) for name, probe in theirs.items()}
     found: dict[int, np.ndarray] = {}
-    made = patches.counts(models, probes, share, classes, found)
+    made = masks.counts(patches.predictions(models, probes), share, classes, found)
     return overlaps_of_masks("mIoU of a patch probe", plan, list(models), made, found, barrier)
 
 
