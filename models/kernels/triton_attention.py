@@ -148,7 +148,7 @@ def _store_row(at, columns, x):
 
 
 @triton.jit
-def _range(N, SHARE: tl.constexpr, SHARES: tl.constexpr, BN: tl.constexpr):
+def _range(N, SHARES: tl.constexpr, BN: tl.constexpr):
     """First and last token of a share: whole blocks."""
     if SHARES == 1:
         return 0, N
@@ -175,7 +175,7 @@ def state_kernel(
         z1 = tl.zeros([BK], tl.float32)
     S = tl.zeros([BK, BK], tl.float32)
     z = tl.zeros([BK], tl.float32)
-    first, last = _range(N, 0, SHARES, BN)
+    first, last = _range(N, SHARES, BN)
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         rows = n < last
@@ -219,7 +219,7 @@ def output_kernel(
         w = _square(q_map + h * K * K, K, columns).to(out.dtype.element_ty)
         S1 = _square(state + (bh * 2 + 1) * K * K, K, columns).to(out.dtype.element_ty)
         z1 = _row(total + (bh * 2 + 1) * K, columns)
-    first, last = _range(N, 0, SHARES, BN)
+    first, last = _range(N, SHARES, BN)
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         rows = n < last
@@ -262,7 +262,7 @@ def queries_kernel(
         dS1 = tl.zeros([BK, BK], tl.float32)
         dz1 = tl.zeros([BK], tl.float32)
         dW = tl.zeros([BK, BK], tl.float32)
-    first, last = _range(N, 0, SHARES, BN)
+    first, last = _range(N, SHARES, BN)
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         rows = n < last
@@ -327,7 +327,7 @@ def keys_kernel(
         dS1 = _square(dstate + (bh * 2 + 1) * K * K, K, columns).to(v.dtype.element_ty)
         dz1 = _row(dtotal + (bh * 2 + 1) * K, columns)
         dW = tl.zeros([BK, BK], tl.float32)
-    first, last = _range(N, 0, SHARES, BN)
+    first, last = _range(N, SHARES, BN)
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
         rows = n < last
