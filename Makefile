@@ -9,7 +9,7 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
 .PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
-	bench-recipes bench-foundation bench-resolution bench-scaling bench-segmentation wheel clean
+	bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ bench-recipes: setup  ## Compare every operator, addition, hybrid and loss on th
 
 bench-foundation: setup  ## Convert a real foundation model and evaluate it (ARGS="--teacher FILE --photos FOLDER --eval FOLDER")
 	$(PYTHON_VENV) -m benchmarks.foundation $(ARGS)
+
+bench-gpu: setup  ## Measure the fused kernels and whole models on a GPU; writes runs/bench-gpu.md
+	$(PYTHON_VENV) -m benchmarks.gpu $(ARGS)
+
+bench-kernels: setup  ## Build the kernels for sm_80 and sm_90, without a GPU: registers, spills, shared memory
+	$(PYTHON_VENV) -m benchmarks.kernels $(ARGS)
 
 bench-resolution: setup  ## Measure time, memory and FLOPs of softmax and linear attention from 224 to 2048 pixels
 	$(PYTHON_VENV) -m benchmarks.resolution $(ARGS)

@@ -2,18 +2,21 @@
 
 Stages 1 and 2 of each student on the photographs, on equal budgets; then teacher and students are judged on other
 images, frozen: cosine of all final tokens; ridge and k-NN on class token and mean patch; a linear segmentation head.
-At the training size and at twice that. `--eval` holds caltech101/ and imagewoof/, with train/ and val/, a folder per
-class; and camvid/ with images/, masks/ (train/ and val/ in both) and classes.csv. What is done is only read, so the
-same command goes on where it was interrupted.
+At the training size and at twice that. Of several options for a stage, parted by `|`, all are run and the one whose
+student comes nearest to the teacher on held-out images (caltech101's) is kept: each student at its best. `--eval` holds
+caltech101/ and imagewoof/, with train/ and val/, a folder per class; and camvid/ with images/, masks/ (train/ and val/
+in both) and classes.csv. What is done is only read, so the same command goes on where it was interrupted.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,11 @@ LABELLED = ("caltech101", "imagewoof")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
-# Options of both stages, of stage 1, of stage 2; --vanilla and --recommended give others.
-STUDENTS = {
-    "vanilla": ("--student.operator elu1", "--train.lr 1e-3", "--train.lr 2e-4"),
-    "recommended": ("--student.operator focused", "--train.lr 1e-3", "--train.lr 2e-4"),
-}
+# Name, options of both stages, of stage 1, of stage 2.
+STUDENTS = [
+    ("vanilla", "--student.operator elu1", "--train.lr 1e-3", "--train.lr 2e-4"),
+    ("recommended", "--student.operator focused", "--train.lr 1e-3", "--train.lr 2e-4"),
+]
 
 
 def write(source: Path, out: Path, *options: str) -> Path:
@@ -64,6 +67,34 @@ def run(folder: Path, stage: int, options: list[str]) -> list[dict[str, Any]]:
             raise SystemExit(f"{folder.name}: stage {stage} ended with status {ended.returncode}, see {log.name}")
     lines = map(json.loads, (folder / f"stage{stage}/metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["split"] == "val"]
+
+
+class Search:
+    """Runs of stages 1 and 2, `jobs` at a time; what each came to."""
+
+    def __init__(self, out: Path, jobs: int, options: list[str], epochs: tuple[float, float]) -> None:
+        """`options`: of every run."""
+        self.out, self.options, self.epochs = out, options, epochs
+        self.pool = ThreadPoolExecutor(jobs)
+        self.rows: list[list[str]] = []
+
+    def best(self, stage: int, wanted: dict[str, list[str]]) -> dict[str, Path]:
+        """For each student, the export of `stage` nearest to the teacher, of all that its options lead to."""
+        running = [
+            (name, options, folder, self.pool.submit(run, folder, stage, given))
+            for name, alternatives in wanted.items()
+            for options in alternatives
+            for given in [[*self.options, "--train.epochs", str(self.epochs[stage - 1]), *shlex.split(options)]]
+            for folder in [self.out / f"{name}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:8]}"]
+        ]
+        nearest: dict[str, tuple[float, Path]] = {}
+        for name, options, folder, lines in running:
+            cosine = lines.result()[-1]["feature_cosine"]
+            of_stage = options.partition(" --student.parent")[0]
+            self.rows.append([name, str(stage), f"`{of_stage}`", f"{cosine:.4f}"])
+            print(f"{name}: after stage {stage} cosine {cosine:.4f}, {of_stage}", flush=True)
+            nearest[name] = max(nearest.get(name, (-1.0, folder)), (cosine, folder / f"stage{stage}/export"))
+        return {name: export for name, (_, export) in nearest.items()}
 
 
 @torch.no_grad()
@@ -114,9 +145,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20, help="steps of each stage")
     parser.add_argument("--head_epochs", type=float, default=10, help="of the segmentation head; 0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
-    for name in STUDENTS:
-        what = "options of both stages, of stage 1, of stage 2"
-        parser.add_argument(f"--{name}", nargs=3, default=STUDENTS[name], metavar=("BOTH", "S1", "S2"), help=what)
+    what = "and options of both stages, of stage 1, of stage 2; alternatives parted by |; repeat it for each student"
+    parser.add_argument("--student", nargs=4, action="append", metavar=("NAME", "BOTH", "S1", "S2"), help=what)
+    parser.add_argument("--judge", type=int, nargs="*", help="pixels to judge at; by default --size and twice that")
+    parser.add_argument("--bf16", default=str(DEVICE.type == "cuda").lower(), choices=("true", "false"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-foundation")
     args = parser.parse_args()
     out, name = args.out.resolve(), args.name
@@ -135,30 +168,48 @@ def main() -> None:
             files[f"camvid-{split}"] = write(camvid / "images" / split, out / f"data/camvid-{split}.beton", *options)
 
     common = ["--config", "own", "--teacher.name", name, "--teacher.weights", str(weights), "--tracking", "[]"]
-    common += ["--train.seed", str(args.seed), "--deepspeed", "ds_configs/zero1.json"]
+    common += ["--train.seed", str(args.seed), "--train.bf16", args.bf16, "--deepspeed", "ds_configs/zero1.json"]
     align = ["--data.train", str(files["photos"]), "--data.val", str(files["caltech101-val"])]
     align += ["--data.image_size", str(args.size), "--train.batch_size", str(args.batch)]
     align += ["--train.warmup_steps", str(args.warmup), "--train.log_every", "10"]
+    search = Search(out, args.jobs, [*common, *align], args.epochs)
+    students = {name: rest for name, *rest in args.student or STUDENTS}
+    first = {
+        name: [f"{both} {options.strip()}" for options in stage1.split("|")]
+        for name, (both, stage1, _) in students.items()
+    }
+    aligned = search.best(1, first)
+    second = {
+        name: [f"{both} {options.strip()} --student.parent {aligned[name]}" for options in stage2.split("|")]
+        for name, (both, _, stage2) in students.items()
+    }
+    done = search.best(2, second)
+    print(markdown(["student", "stage", "options", "cosine on caltech101"], search.rows))
     exports: dict[str, Path | None] = {"softmax teacher": None}
-    wanted = {"softmax teacher": ["--student.attention", "softmax"]}
-    rows = []
-    for student in STUDENTS:
-        both, *of_stage = (shlex.split(text) for text in getattr(args, student))
-        folder = out / f"{student}-{args.epochs[0]:g}-{args.epochs[1]:g}-{args.size}-seed{args.seed}"
-        for stage, (epochs, own) in enumerate(zip(args.epochs, of_stage, strict=True), 1):
-            last = run(folder, stage, [*common, *align, "--train.epochs", str(epochs), *both, *own])[-1]
-            print(f"{folder.name}: after stage {stage} cosine {last['feature_cosine']:.3f} on caltech101", flush=True)
-            exports[f"{student}, stage 1" if stage == 1 else student] = folder / f"stage{stage}/export"
-        wanted[student] = [*both, "--student.parent", str(folder / "stage2/export")]
+    exports |= {f"{name}, stage 1": export for name, export in aligned.items()} | done
+
+    sizes = [args.size, 2 * args.size] if args.judge is None else args.judge
+    segmented = {}
+    for size in sizes if args.head_epochs else ():
+        segment = ["--task", "segmentation", "--student.trainable", "head", "--data.image_size", str(size)]
+        segment += ["--data.train", str(files["camvid-train"]), "--data.val", str(files["camvid-val"])]
+        segment += ["--train.epochs", str(args.head_epochs), "--train.batch_size", "16", "--train.lr", "1e-3"]
+        segment += ["--train.eval_first", "false", "--stage3.layer_decay", "null"]
+        segment += ["--stage3.drop_path", "0", "--stage3.label_smoothing", "0"]
+        for model in ("softmax teacher", *done):
+            own = ["--student.attention", "softmax"]
+            if model in done:
+                own = [*shlex.split(students[model][0]), "--student.parent", str(done[model])]
+            folder = out / f"camvid-{model.replace(' ', '-')}-{size}"
+            segmented[size, model] = search.pool.submit(run, folder, 3, [*common, *segment, *own])
 
     table: dict[tuple[int, str], dict[str, float]] = {}
-    for size in (args.size, 2 * args.size):
+    for size in sizes:
         teacher = models.build_backbone(name, {}, weights, True, (size, size)).eval().to(DEVICE)
         config = teacher.pretrained_cfg
         given = {"image_size": size, "batch_size": args.batch, "mean": config["mean"], "std": config["std"]}
         for model, export in exports.items():
-            folder = out if export is None else export.parent.parent
-            file = folder / f"judged-{model.replace(', ', '-').replace(' ', '-')}-{size}.json"
+            file = out / f"judged-{model.replace(', ', '-').replace(' ', '-')}-{size}.json"
             mark = None if export is None else models.read_config(export).get("digest")
             kept = json.loads(file.read_text()) if file.is_file() else {}
             if kept.get("of") != mark or not kept:
@@ -166,28 +217,25 @@ def main() -> None:
                 print(f"{model}: judged at {size} pixels ...", flush=True)
                 kept = {"of": mark, "figures": judge(vit, teacher, files, given)}
                 file.write_text(json.dumps(kept))
-            table[size, model] = figures = dict(kept["figures"])
-            if args.head_epochs and model in wanted:
-                segment = ["--task", "segmentation", "--student.trainable", "head", "--data.image_size", str(size)]
-                segment += ["--data.train", str(files["camvid-train"]), "--data.val", str(files["camvid-val"])]
-                segment += ["--train.epochs", str(args.head_epochs), "--train.batch_size", "16", "--train.lr", "1e-3"]
-                segment += ["--train.eval_first", "false", "--stage3.layer_decay", "null"]
-                segment += ["--stage3.drop_path", "0", "--stage3.label_smoothing", "0"]
-                runs = folder / f"camvid-{model.replace(' ', '-')}-{size}"
-                figures["CamVid mIoU"] = run(runs, 3, [*common, *segment, *wanted[model]])[-1]["miou"]
+            table[size, model] = dict(kept["figures"])
+            if (size, model) in segmented:
+                table[size, model]["CamVid mIoU"] = segmented[size, model].result()[-1]["miou"]
+    if not table:
+        return
 
-    columns = list(table[args.size, "softmax teacher"])
+    rows = []
+    columns = list(table[sizes[0], "softmax teacher"])
     for (size, model), figures in table.items():
         cells = [
             f"{figures[key]:.3f}" if key == "cosine" else f"{figures[key]:.1f}" for key in columns if key in figures
         ]
         rows.append([model, str(size), *cells, *[""] * (len(columns) - len(cells))])
-        if model == "recommended":
+        if "vanilla" in done and model in done and model != "vanilla":
             closed = []
             for key in columns:
                 best, low = table[size, "softmax teacher"][key], table[size, "vanilla"][key]
                 closed.append(f"{(figures[key] - low) / (best - low):.0%}" if best > low else "")
-            rows.append(["of vanilla's loss, recovered", str(size), *closed])
+            rows.append([f"of vanilla's loss, {model} recovers", str(size), *closed])
     print(markdown(["model", "pixels", *columns], rows))
 
 

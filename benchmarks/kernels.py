@@ -22,36 +22,36 @@ from benchmarks.common import markdown
 from models import kernels
 from models.kernels import triton_attention
 
-KERNELS = ("state_kernel", "output_kernel", "queries_kernel", "keys_kernel")
+KERNELS = [(name, passes) for name in ("forward", "backward") for passes in ("both", "first", "second")]
 ARCHITECTURES = (80, 90)
 FP32 = {"power", "shift", "state", "total", "norm", "dnorm", "dstate", "dtotal", "dpower", "dmap", "q_map", "k_map"}
 OPTIONS = {"num_warps", "num_stages"}
 
 
-def compile_ahead(name: str, kind: str, head_dim: int, capability: int, dtype: str = "bf16") -> dict[str, Any]:
+def compile_ahead(
+    name: str, passes: str, kind: str, head_dim: int, capability: int, dtype: str = "bf16"
+) -> dict[str, Any]:
     """Registers per thread, bytes of spills and of shared memory of a kernel, compiled for `capability`."""
-    kernel = getattr(triton_attention, name)
-    how = kernels.constants(kind, head_dim, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    constants = {key: value for key, value in how.items() if key not in OPTIONS}
-    constants |= {"MAP": getattr(triton_attention, kind), "SHARES": 1}
-    absent = {
-        "FOCUSED": {"shift", "q_map", "k_map"},
-        "EXP": {"power", "q_map", "k_map"},
-        "HEDGEHOG": {"power", "shift"},
-    }
-    constants |= {
-        key: None for key in absent.get(kind, {"power", "shift", "q_map", "k_map"}) if key in kernel.arg_names
-    }
+    kernel = getattr(triton_attention, f"{name}_kernel")
+    kind, _, power = kind.partition("-")
+    floats = torch.bfloat16 if dtype == "bf16" else torch.float32
+    how = kernels.constants(kind, int(power or 0), head_dim, floats, name == "backward")
+    constants = {key: value for key, value in how.items() if key not in OPTIONS | {"at_once"}}
+    constants |= {"MAP": getattr(triton_attention, kind), "POWER": int(power or 0), "K": head_dim}
+    constants |= {"PASSES": getattr(triton_attention, passes.upper())} | ({"KEEP": True} if name == "forward" else {})
+    constants |= {"SHARES": 1} if passes == "both" else {}
+    taken = {"FOCUSED": {"power"} - ({"power"} if power else set()), "EXP": {"shift"}, "HEDGEHOG": {"q_map", "k_map"}}
+    constants |= dict.fromkeys({"power", "shift", "q_map", "k_map"} - taken.get(kind, set()))
     signature, attributes = {}, {}
     for i, key in enumerate(kernel.arg_names):
         if key in constants:
             signature[key] = "constexpr"
         elif key == "scale":
             signature[key] = "fp32"
-        elif key in "HNK" or key[1:] in ("B", "H", "N"):
+        elif key in ("H", "N", "SHARES") or key.lstrip("dqkvyo") in ("B", "H", "N"):
             signature[key] = "i32"
-            if key != "N" and key != "H":
-                attributes[i,] = [["tt.divisibility", 8 if key == "K" and head_dim % 16 else 16]]
+            if key not in ("H", "N", "SHARES"):
+                attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
         else:
             signature[key] = f"*{'fp32' if key in FP32 else dtype}"
             attributes[i,] = [["tt.divisibility", 16]]
@@ -76,7 +76,7 @@ def compile_ahead(name: str, kind: str, head_dim: int, capability: int, dtype: s
 
 def main() -> None:
     """Print the table."""
-    kinds = list(dict.fromkeys(kernels.MAPS.values()))
+    kinds = [*dict.fromkeys(kernels.MAPS.values()), "FOCUSED-6"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 80, 88, 96, 128))
     parser.add_argument("--maps", nargs="+", choices=kinds, default=kinds)
@@ -84,18 +84,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args()
     found = {
-        (name, kind, head_dim, capability): compile_ahead(name, kind, head_dim, capability)
+        (name, passes, kind, head_dim, capability): compile_ahead(name, passes, kind, head_dim, capability)
         for capability in args.capabilities
         for head_dim in args.head_dims
         for kind in args.maps
-        for name in KERNELS
+        for name, passes in KERNELS
     }
     if args.json:
         print(json.dumps({"-".join(map(str, key)): values for key, values in found.items()}))
         return
-    rows = [[name, kind.lower(), str(K), f"sm_{sm}", *map(str, values.values())]
-            for (name, kind, K, sm), values in found.items()]  # fmt: skip
-    print(markdown(["kernel", "map", "head dim", "for", "registers", "bytes spilled", "bytes shared"], rows))
+    rows = [[name, passes, kind.lower(), str(K), f"sm_{sm}", *map(str, values.values())]
+            for (name, passes, kind, K, sm), values in found.items()]  # fmt: skip
+    print(markdown(["kernel", "passes", "map", "head dim", "for", "registers", "bytes spilled", "bytes shared"], rows))
 
 
 if __name__ == "__main__":

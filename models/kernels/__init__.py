@@ -3,6 +3,7 @@
 Triton itself is imported at the first launch, so that importing the package needs no Triton.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 # Operator's class -> map of the kernels. What else a map takes is said by `split`.
 MAPS = {"Elu1": "ELU1", "Magnitude": "ELU1", "MALA": "ELU1", "InLine": "ELU1", "ReLU": "RELU", "Focused": "FOCUSED",
         "FocusedLearned": "FOCUSED", "Exp": "EXP", "Hedgehog": "HEDGEHOG"}  # fmt: skip
+INSTALLED = find_spec("triton") is not None  # torch brings it along where it has kernels for GPUs, but on Windows
 MAX_HEAD_DIM = 128
+WHOLE_POWERS = range(1, 17)  # of focused: so many products in place of a logarithm and an exponential
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS = 512  # at least, where tokens suffice: about four for each multiprocessor of an H100
 
@@ -31,19 +34,24 @@ def attend(
     """See `models.operators.core.attend`. `serves` must hold."""
     kind = MAPS[name]
     power = shift = q_map = k_map = None
-    if kind == "FOCUSED":
-        power = weights[0].flatten().float() if weights else q.new_full((q.shape[1],), numbers[0], dtype=torch.float32)
+    exponent = 0
+    if kind == "FOCUSED" and weights:
+        power = weights[0].flatten().float()
+    elif kind == "FOCUSED":
+        exponent = int(numbers[0]) if numbers[0] in WHOLE_POWERS else 0
+        power = None if exponent else q.new_full((q.shape[1],), numbers[0], dtype=torch.float32)
     elif kind == "EXP":
         shift = k.detach().amax(-2).float() * k.shape[-1] ** -0.25
     elif kind == "HEDGEHOG":
         q_map, k_map = (x.float() for x in weights)
-    out, norm, _, _ = torch.ops.unsoftmax.linear_attention(q, k, v, kind, power, shift, q_map, k_map)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *weights))
+    out, norm, _, _ = torch.ops.unsoftmax.linear_attention(q, k, v, kind, exponent, keep, power, shift, q_map, k_map)
     return out, norm.unsqueeze(-1)
 
 
 @torch.library.custom_op("unsoftmax::linear_attention", mutates_args=())
 def _linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, kind: str,
+    q: Tensor, k: Tensor, v: Tensor, kind: str, exponent: int, keep: bool,
     power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out [B, H, N, K], norm [B, H, N], state [B, H, halves, K, K] and total [B, H, halves, K], the last three in fp32.
@@ -51,7 +59,9 @@ def _linear_attention(
     Args:
         q, k, v: [B, H, N, K], any strides.
         kind: of `MAPS`.
-        power: [H] in fp32, of FOCUSED.
+        exponent: FOCUSED's power where that is of `WHOLE_POWERS`; else 0.
+        keep: whether state and total are asked for; without it they may be empty, [0].
+        power: [H] in fp32, of FOCUSED without `exponent`.
         shift: the largest scaled key of each column, [B, H, K] in fp32, of EXP.
         q_map, k_map: [H, K, K] in fp32, of HEDGEHOG.
     """
@@ -59,67 +69,72 @@ def _linear_attention(
 
     B, H, N, K = q.shape
     q, k, v = map(_rows, (q, k, v))
-    out, norm, state, total = _outputs(q, v, kind)
-    how = _how(kind, q)
-    grid, shares = (B * H, how["SHARES"]), (B, H, how["SHARES"], *state.shape[2:])
-    # Without shares the sums are the kernel's own outputs.
-    sums = (state, total) if how["SHARES"] == 1 else (state.new_empty(shares), total.new_empty(shares[:-1]))
-    common = (H, N, K, K**-0.25)
-    kernels.state_kernel[grid](k, v, k_map, power, shift, *sums, *common, *_strides(k, v), **how)
-    if how["SHARES"] > 1:
+    how, n, at_once = _how(kind, exponent, q, backward=False)
+    out, norm, state, total = _outputs(q, v, kind, keep or not at_once)
+    grid, shares = (B * H, n), (B, H, n, *state.shape[2:])
+
+    def launch(passes: Any, sums: tuple[Tensor, Tensor]) -> None:
+        kernels.forward_kernel[grid](
+            q, k, v, q_map, k_map, power, shift, *sums, out, norm, H, N, K**-0.25, *_strides(q, k, v, out), n,
+            PASSES=passes, KEEP=keep, **how,
+        )  # fmt: skip
+
+    if at_once:
+        launch(kernels.BOTH, (state, total))
+    elif n == 1:
+        launch(kernels.FIRST, (state, total))
+        launch(kernels.SECOND, (state, total))
+    else:
+        sums = state.new_empty(shares), total.new_empty(shares[:-1])
+        launch(kernels.FIRST, sums)
         torch.sum(sums[0], 2, out=state)
         torch.sum(sums[1], 2, out=total)
-    kernels.output_kernel[grid](
-        q, q_map, power, shift, state, total, out, norm, *common, *_strides(q, out), **how
-    )  # fmt: skip
-    return out, norm, state, total
+        launch(kernels.SECOND, (state, total))
+    return out, norm, *((state, total) if keep else (state.new_empty(0), total.new_empty(0)))
 
 
 @_linear_attention.register_fake
-def _(q, k, v, kind, power, shift, q_map, k_map):
-    return _outputs(q, v, kind)
+def _(q, k, v, kind, exponent, keep, power, shift, q_map, k_map):
+    return _outputs(q, v, kind, keep)
 
 
 @torch.library.custom_op("unsoftmax::linear_attention_backward", mutates_args=())
 def _backward(
     dy: Tensor, dnorm: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, state: Tensor, total: Tensor, kind: str,
-    power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
+    exponent: int, power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv [B, H, N, K]; derivatives by the power [2, B, H] and by both maps [2, B, H, K, K], or empty."""
     from . import triton_attention as kernels
 
     B, H, N, K = q.shape
     q, k, v, dy = map(_rows, (q, k, v, dy))
-    dq, dk, dv = (_like(x) for x in (q, k, v))
-    how = _how(kind, q)
-    n = how["SHARES"]
-    grid, common = (B * H, n), (H, N, K, K**-0.25)
-    dstate = state.new_empty(B, H, n, *state.shape[2:])
-    dtotal = state.new_empty(B, H, n, *total.shape[2:])
-    dpower = state.new_empty((2, B, H, n) if kind == "FOCUSED" else (2, 0))
-    dmap = state.new_empty((2, B, H, n, K, K) if kind == "HEDGEHOG" else (2, 0))
-    kernels.queries_kernel[grid](
-        q, dy, norm, dnorm.contiguous(), q_map, power, shift, state, total, dq, dstate, dtotal, dpower[0], dmap[0],
-        *common, *_strides(q, dy, dq), **how,
-    )  # fmt: skip
-    dstate, dtotal = (x[:, :, 0] if n == 1 else x.sum(2) for x in (dstate, dtotal))
-    kernels.keys_kernel[grid](
-        k, v, k_map, power, shift, dstate, dtotal, dk, dv, dpower[1], dmap[1],
-        *common, *_strides(k, v, dk), **how,
-    )  # fmt: skip
-    return dq, dk, dv, dpower.sum(3) if dpower.numel() else dpower, dmap.sum(3) if dmap.numel() else dmap
+    dnorm = dnorm.contiguous()
+    how, n, at_once = _how(kind, exponent, q, backward=True)
+    dq, dk, dv, dpower, dmap = _derivatives(q, k, v, kind, power, n)
+
+    def launch(passes: Any, sums: tuple[Tensor, Tensor]) -> None:
+        kernels.backward_kernel[(B * H, n)](
+            q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, state, total, *sums, dq, dk, dv, dpower, dmap,
+            H, N, K**-0.25, *_strides(q, k, v, dy, dq, dk), n, PASSES=passes, **how,
+        )  # fmt: skip
+
+    if at_once:
+        launch(kernels.BOTH, (state, total))  # whose sums stay inside
+    else:
+        sums = [x.new_empty(B, H, n, *x.shape[2:]) for x in (state, total)]
+        launch(kernels.FIRST, sums)
+        launch(kernels.SECOND, sums if n == 1 else [x.sum(2) for x in sums])
+    return dq, dk, dv, *(x.sum(3) if x.numel() else x for x in (dpower, dmap))
 
 
 @_backward.register_fake
-def _(dy, dnorm, q, k, v, norm, state, total, kind, power, shift, q_map, k_map):
-    B, H, _, K = q.shape
-    dpower = state.new_empty((2, B, H) if kind == "FOCUSED" else (2, 0))
-    dmap = state.new_empty((2, B, H, K, K) if kind == "HEDGEHOG" else (2, 0))
-    return *(_like(x) for x in (q, k, v)), dpower, dmap
+def _(dy, dnorm, q, k, v, norm, state, total, kind, exponent, power, shift, q_map, k_map):
+    dq, dk, dv, dpower, dmap = _derivatives(q, k, v, kind, power, 1)
+    return dq, dk, dv, *(x.squeeze(3) if x.numel() else x for x in (dpower, dmap))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, ctx.kind, *maps = inputs
+    q, k, v, ctx.kind, ctx.exponent, _, *maps = inputs
     ctx.save_for_backward(q, k, v, *output[1:], *maps)
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(*output[2:])
@@ -128,11 +143,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, dy: Tensor, dnorm: Tensor, _state: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, norm, state, total, power, shift, q_map, k_map = ctx.saved_tensors
     dq, dk, dv, dpower, dmap = torch.ops.unsoftmax.linear_attention_backward(
-        dy, dnorm, q, k, v, norm, state, total, ctx.kind, power, shift, q_map, k_map
+        dy, dnorm, q, k, v, norm, state, total, ctx.kind, ctx.exponent, power, shift, q_map, k_map
     )
-    of_power = dpower.sum((0, 1)) if ctx.kind == "FOCUSED" else None
-    of_maps = dmap.sum(1) if ctx.kind == "HEDGEHOG" else (None, None)
-    return dq, dk, dv, None, of_power, None, *of_maps
+    of_power = dpower.sum((0, 1)) if power is not None else None
+    of_maps = dmap.sum(1) if q_map is not None else (None, None)
+    return dq, dk, dv, None, None, None, of_power, None, *of_maps
 
 
 _linear_attention.register_autograd(_gradients, setup_context=_setup)
@@ -158,12 +173,22 @@ def moved_bytes(q: Tensor, backward: bool) -> int:
     return q.numel() * q.element_size() * (4 + 7 * backward)
 
 
-def _outputs(q: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, K = q.shape
-    halves = 2 if kind == "HEDGEHOG" else 1
     new = {"device": q.device, "dtype": torch.float32}
-    state, total = torch.empty(B, H, halves, K, K, **new), torch.empty(B, H, halves, K, **new)
+    sums = (B, H, 2 if kind == "HEDGEHOG" else 1, K) if keep else (0,)
+    state, total = torch.empty((*sums, K) if keep else sums, **new), torch.empty(sums, **new)
     return _like(v), torch.empty(B, H, N, **new), state, total
+
+
+def _derivatives(
+    q: Tensor, k: Tensor, v: Tensor, kind: str, power: Tensor | None, shares: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, H, _, K = q.shape
+    new = {"device": q.device, "dtype": torch.float32}
+    dpower = torch.empty((2, B, H, shares) if power is not None else (0,), **new)
+    dmap = torch.empty((2, B, H, shares, K, K) if kind == "HEDGEHOG" else (0,), **new)
+    return _like(q), _like(k), _like(v), dpower, dmap
 
 
 def _like(x: Tensor) -> Tensor:
@@ -181,19 +206,29 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _how(kind: str, q: Tensor) -> dict[str, Any]:
-    """The constants of a launch, the same in forward and backward."""
+def _how(kind: str, exponent: int, q: Tensor, backward: bool) -> tuple[dict[str, Any], int, bool]:
+    """The constants of a launch, in how many shares a head is taken, and whether both passes are made at once."""
     from . import triton_attention as kernels
 
     B, H, N, K = q.shape
-    return constants(kind, K, q.dtype) | {"MAP": getattr(kernels, kind), "SHARES": _shares(B * H, N)}
+    how = constants(kind, exponent, K, q.dtype, backward)
+    how |= {"K": K, "MAP": getattr(kernels, kind), "POWER": exponent}
+    shares = _shares(B * H, N)
+    return how, shares, how.pop("at_once") and shares == 1
 
 
-def constants(kind: str, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of blocks, and warps. One choice for each head dimension: nothing is tuned while a model runs."""
+def constants(kind: str, exponent: int, K: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
+    """Sizes of blocks, warps, stages, and whether both passes are made at once, where a program has a whole head.
+
+    The best of those measured on an H100 at K = 64. Nothing is tuned while a model runs.
+    """
     BK = max(32, 1 << (K - 1).bit_length())
-    heavy = BK == 128 or dtype == torch.float32
-    return {"BK": BK, "BN": 32 if heavy else 64, "num_warps": 8, "num_stages": 2}
+    light = BK <= 64 and dtype != torch.float32
+    at_once = backward or kind in ("FOCUSED", "HEDGEHOG")
+    narrow = not light or kind == "HEDGEHOG" or (kind == "FOCUSED" and not (exponent and backward))
+    stages = 3 if narrow and kind == "FOCUSED" else 2
+    return {"BK": BK, "BN": 32 if narrow else 64, "num_warps": 4 if light else 8, "num_stages": stages,
+            "at_once": at_once}  # fmt: skip
 
 
 def _shares(heads: int, N: int) -> int:

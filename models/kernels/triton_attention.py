@@ -2,20 +2,23 @@
 
     S = sum_n phi(k_n) v_n^T,  z = sum_n phi(k_n),  d = phi(q) z,  y = phi(q) S / d        arXiv 2006.16236, equation 5
 
-A program has a head of an image, or a share of its tokens where heads alone would leave multiprocessors idle; shares
-are added in the same order each time, so results are the same to the bit. Features never reach memory. They are
-rounded to the dtype of v for the products, which accumulate in fp32, as S, z and d do. Backward reads q, k, v, dy
-and the fp32 state, makes the features again, and needs dS and dz between its two passes; with u = dy / d:
+A program has a head of an image, and makes both passes at once; or a share of its tokens and one pass, where heads
+alone would leave multiprocessors idle. Shares are added in the same order each time, so results are the same to the
+bit. Features never reach memory. They are rounded to the dtype of v for the products, which accumulate in fp32, as S, z
+and d do. Backward reads q, k, v, dy and the fp32 state, makes the features again, and needs dS and dz between its two
+passes; with u = dy / d:
 
     df = u S^T + e z,  e = -(phi(q) u S^T) / d,  dS = phi(q)^T u,  dz = phi(q)^T e,  dg = v dS^T + dz,  dv = phi(k) dS
 
-Feature maps, by their number `MAP`: see `MAPS`. Rows are tokens, columns features; columns above K are padding.
+Feature maps, by their number `MAP`: see `MAPS`. POWER is focused's where it is a small whole number, else 0. Rows are
+tokens, columns features; columns above K are padding.
 """
 
 import triton
 import triton.language as tl
 
 ELU1, RELU, FOCUSED, EXP, HEDGEHOG = (tl.constexpr(i) for i in range(5))
+BOTH, FIRST, SECOND = (tl.constexpr(i) for i in range(3))
 TINY = tl.constexpr(1e-30)
 EPS = tl.constexpr(1e-6)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -35,10 +38,17 @@ def _elu1(x):
 
 
 @triton.jit
-def _focus(e, power, columns):
+def _focus(e, power, columns, POWER: tl.constexpr):
     """e^P of rows divided by their maximum, its logarithm before the power, and both norms."""
-    log = tl.log(tl.maximum(e / tl.maximum(tl.max(e, 1), TINY)[:, None], TINY))
-    sharp = tl.where(columns[None, :], tl.exp(power * log), 0.0)
+    ratio = e * (1 / tl.maximum(tl.max(e, 1), TINY))[:, None]
+    log = ratio  # not used
+    if POWER > 0:
+        sharp = ratio
+        for _ in tl.static_range(POWER - 1):
+            sharp *= ratio
+    else:
+        log = tl.log(tl.maximum(ratio, TINY))
+        sharp = tl.where(columns[None, :], tl.exp(power * log), 0.0)
     return sharp, log, tl.sqrt(tl.sum(e * e, 1)), tl.maximum(tl.sqrt(tl.sum(sharp * sharp, 1)), TINY)
 
 
@@ -46,69 +56,83 @@ def _focus(e, power, columns):
 def _softmax(x, columns):
     x = tl.where(columns[None, :], x, float("-inf"))
     e = tl.exp(x - tl.max(x, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
+    return e * (1 / tl.sum(e, 1))[:, None]
 
 
 @triton.jit
-def _phi(x, power, shift, scale, columns, rows, MAP: tl.constexpr, QUERY: tl.constexpr):
-    """Features [BN, BK] in fp32, of every map but Hedgehog's: 0 in padding."""
-    if MAP == ELU1:
-        f = _elu1(x)
-    elif MAP == RELU:
-        f = tl.maximum(x, 0.0)
-    elif MAP == FOCUSED:
-        e = tl.where(columns[None, :], _elu1(x), 0.0)
-        sharp, _, norm, sharp_norm = _focus(e, power, columns)
-        f = sharp * (norm / sharp_norm)[:, None]
-    elif QUERY:
-        t = tl.where(columns[None, :], x * scale + shift[None, :], float("-inf"))
-        f = tl.exp(t - tl.max(t, 1)[:, None])
+def _phi(x, w, power, shift, scale, columns, MAP: tl.constexpr, POWER: tl.constexpr, QUERY: tl.constexpr):
+    """Features [BN, BK] in fp32, twice: the second are Hedgehog's other half, or not used.
+
+    Those of padding are 0 in columns; rows without a token have some.
+    """
+    if MAP == HEDGEHOG:
+        t = _dot(x, w)
+        f = _softmax(t, columns)
+        g = _softmax(-t, columns)
     else:
-        f = tl.exp(x * scale - shift[None, :])
-    return tl.where(rows[:, None] & columns[None, :], f, 0.0)
+        x = x.to(tl.float32)
+        if MAP == ELU1:
+            f = _elu1(x)
+        elif MAP == RELU:
+            f = tl.maximum(x, 0.0)
+        elif MAP == FOCUSED:
+            sharp, _, norm, sharp_norm = _focus(tl.where(columns[None, :], _elu1(x), 0.0), power, columns, POWER)
+            f = sharp * (norm / sharp_norm)[:, None]
+        elif QUERY:
+            t = tl.where(columns[None, :], x * scale + shift[None, :], float("-inf"))
+            f = tl.exp(t - tl.max(t, 1)[:, None])
+        else:
+            f = tl.exp(x * scale - shift[None, :])
+        f = tl.where(columns[None, :], f, 0.0)
+        g = f
+    return f, g
 
 
 @triton.jit
-def _dphi(x, df, power, shift, scale, columns, rows, MAP: tl.constexpr, QUERY: tl.constexpr):
-    """dx [BN, BK] from df, and the derivative by the power for each row."""
-    if MAP == ELU1:
-        dx = df * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
-        dpower = tl.zeros([x.shape[0]], tl.float32)
+def _dphi(x, w, f, g, df, dg, power, scale, columns, rows, MAP: tl.constexpr, POWER: tl.constexpr):
+    """dx [BN, BK] from the features f, g and their derivatives; of these rows the derivative by the power, and dW.
+
+    What a map does not have is 0, [1] and [BK, BK].
+    """
+    dpower = 0.0
+    dw = w
+    if MAP == HEDGEHOG:
+        dt = f * (df - tl.sum(df * f, 1)[:, None]) - g * (dg - tl.sum(dg * g, 1)[:, None])
+        dt = dt.to(x.dtype)
+        dx = _dot(dt, tl.trans(w))
+        dw = _dot(tl.trans(x), dt)
+    elif MAP == ELU1:
+        dx = df * tl.where(x.to(tl.float32) > 0, 1.0, f)
     elif MAP == RELU:
-        dx = tl.where(x > 0, df, 0.0)
-        dpower = tl.zeros([x.shape[0]], tl.float32)
+        dx = tl.where(x.to(tl.float32) > 0, df, 0.0)
     elif MAP == FOCUSED:
-        slope = tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        x = x.to(tl.float32)
         e = tl.where(columns[None, :], _elu1(x), 0.0)
-        sharp, log, norm, sharp_norm = _focus(e, power, columns)
-        ratio, along = norm / sharp_norm, tl.sum(df * sharp, 1)
+        sharp, log, norm, sharp_norm = _focus(e, power, columns, POWER)
+        along = tl.sum(df * sharp, 1)
         # Of the rescaling: d sharp, and what comes by the norm of e.
-        dsharp = df * ratio[:, None] - sharp * (along * norm / (sharp_norm * sharp_norm * sharp_norm))[:, None]
+        dsharp = df * (norm / sharp_norm)[:, None]
+        dsharp -= sharp * (along * norm / (sharp_norm * sharp_norm * sharp_norm))[:, None]
         dlog = dsharp * sharp
-        de = dlog * power / tl.maximum(e, TINY)
+        exponent = power
+        if POWER > 0:
+            exponent = POWER
+        else:
+            dpower = tl.sum(tl.where(rows, tl.sum(dlog * log, 1), 0.0), 0)
+        de = dlog * exponent / tl.maximum(e, TINY)
         de += e * (along / (sharp_norm * tl.maximum(norm, TINY)))[:, None]
-        dx = tl.where(columns[None, :], de * slope, 0.0)
-        dpower = tl.where(rows, tl.sum(dlog * log, 1), 0.0)
+        dx = de * tl.where(x > 0, 1.0, e)
     else:
-        dx = df * scale * _phi(x, power, shift, scale, columns, rows, MAP, QUERY)
-        dpower = tl.zeros([x.shape[0]], tl.float32)
-    return dx, dpower
+        dx = df * scale * f
+    return dx, dpower, dw
 
 
 @triton.jit
-def _hedgehog(x, w, columns, rows):
-    """softmax(x W) and softmax(-x W), [BN, BK] each in fp32: 0 in padding."""
-    t = _dot(x, w)
-    inside = rows[:, None] & columns[None, :]
-    return tl.where(inside, _softmax(t, columns), 0.0), tl.where(inside, _softmax(-t, columns), 0.0)
-
-
-@triton.jit
-def _dhedgehog(x, w, f, g, df, dg):
-    """dx [BN, BK], and x^T d(x W) [BK, BK] of these rows; f and g are the halves of the features."""
-    dt = f * (df - tl.sum(df * f, 1)[:, None]) - g * (dg - tl.sum(dg * g, 1)[:, None])
-    dt = dt.to(x.dtype)
-    return _dot(dt, tl.trans(w)), _dot(tl.trans(x), dt)
+def _columns(K: tl.constexpr, BK: tl.constexpr):
+    """Which columns are no padding; a constant where all are, which costs nothing."""
+    if K == BK:
+        return tl.full([BK], True, tl.int1)
+    return tl.arange(0, BK) < K
 
 
 @triton.jit
@@ -125,14 +149,14 @@ def _store(at, stride, n, columns, rows, x):
 
 
 @triton.jit
-def _square(at, K, columns):
+def _square(at, K: tl.constexpr, columns):
     """A [K, K] matrix, padded with zeros."""
     i = tl.arange(0, columns.shape[0])
     return tl.load(at + i[:, None] * K + i[None, :], mask=columns[:, None] & columns[None, :], other=0.0)
 
 
 @triton.jit
-def _store_square(at, K, columns, x):
+def _store_square(at, K: tl.constexpr, columns, x):
     i = tl.arange(0, columns.shape[0])
     tl.store(at + i[:, None] * K + i[None, :], x, mask=columns[:, None] & columns[None, :])
 
@@ -148,207 +172,199 @@ def _store_row(at, columns, x):
 
 
 @triton.jit
-def _range(N, SHARES: tl.constexpr, BN: tl.constexpr):
+def _range(N, SHARES, BN: tl.constexpr):
     """First and last token of a share: whole blocks."""
-    if SHARES == 1:
-        return 0, N
     per = tl.cdiv(tl.cdiv(N, BN), SHARES) * BN
     first = tl.program_id(1) * per
     return first, tl.minimum(first + per, N)
 
 
 @triton.jit
-def state_kernel(
-    k, v, k_map, power, shift, state, total, H, N, K, scale,
-    kB, kH, kN, vB, vH, vN,
-    MAP: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
-    """Sums of a share: state [B H, SHARES, halves, K, K] and total [B H, SHARES, halves, K] in fp32."""
-    bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // H, bh % H
-    columns = tl.arange(0, BK) < K
-    P = tl.load(power + h) if MAP == FOCUSED else 1.0
-    L = _row(shift + bh * K, columns) if MAP == EXP else tl.zeros([BK], tl.float32)
+def _given(power, shift, maps, bh, h, K: tl.constexpr, columns, dtype: tl.constexpr,
+           MAP: tl.constexpr, POWER: tl.constexpr):  # fmt: skip
+    """What a map takes beside the tokens: its matrix, the power of the head, the largest key of each column."""
+    w = tl.zeros([1], tl.float32)
+    P = 1.0
+    L = tl.zeros([1], tl.float32)
     if MAP == HEDGEHOG:
-        w = _square(k_map + h * K * K, K, columns).to(v.dtype.element_ty)
-        S1 = tl.zeros([BK, BK], tl.float32)
-        z1 = tl.zeros([BK], tl.float32)
-    S = tl.zeros([BK, BK], tl.float32)
-    z = tl.zeros([BK], tl.float32)
-    first, last = _range(N, SHARES, BN)
-    for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)
-        rows = n < last
-        x = _load(k + b * kB + h * kH, kN, n, columns, rows)
-        y = _load(v + b * vB + h * vH, vN, n, columns, rows)
-        if MAP == HEDGEHOG:
-            f, g = _hedgehog(x.to(y.dtype), w, columns, rows)
-            g = g.to(y.dtype)
-            S1 = _dot(tl.trans(g), y, S1)
-            z1 += tl.sum(g.to(tl.float32), 0)
-        else:
-            f = _phi(x.to(tl.float32), P, L, scale, columns, rows, MAP, False)
-        f = f.to(y.dtype)
-        S = _dot(tl.trans(f), y, S)
-        z += tl.sum(f.to(tl.float32), 0)
-    HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    place = (bh * SHARES + tl.program_id(1)) * HALVES
-    _store_square(state + place * K * K, K, columns, S)
-    _store_row(total + place * K, columns, z)
-    if MAP == HEDGEHOG:
-        _store_square(state + (place + 1) * K * K, K, columns, S1)
-        _store_row(total + (place + 1) * K, columns, z1)
+        w = _square(maps + h * K * K, K, columns).to(dtype)
+    if MAP == FOCUSED and POWER == 0:
+        P = tl.load(power + h)
+    if MAP == EXP:
+        L = _row(shift + bh * K, columns)
+    return w, P, L
 
 
 @triton.jit
-def output_kernel(
-    q, q_map, power, shift, state, total, out, norm, H, N, K, scale,
-    qB, qH, qN, oB, oH, oN,
-    MAP: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
+def _sums_of(matrices, vectors, place, K: tl.constexpr, columns, dtype: tl.constexpr, MAP: tl.constexpr):
+    """A stored state and its total, of both halves; the second only where there is one."""
+    HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
+    S = _square(matrices + place * HALVES * K * K, K, columns).to(dtype)
+    z = _row(vectors + place * HALVES * K, columns)
+    S1, z1 = S, z
+    if MAP == HEDGEHOG:
+        S1 = _square(matrices + (place * 2 + 1) * K * K, K, columns).to(dtype)
+        z1 = _row(vectors + (place * 2 + 1) * K, columns)
+    return S, z, S1, z1
+
+
+@triton.jit
+def _store_sums(matrices, vectors, place, K: tl.constexpr, columns, S, z, S1, z1, MAP: tl.constexpr):
+    HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
+    _store_square(matrices + place * HALVES * K * K, K, columns, S)
+    _store_row(vectors + place * HALVES * K, columns, z)
+    if MAP == HEDGEHOG:
+        _store_square(matrices + (place * 2 + 1) * K * K, K, columns, S1)
+        _store_row(vectors + (place * 2 + 1) * K, columns, z1)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, q_map, k_map, power, shift, state, total, out, norm, H, N, scale,
+    qB, qH, qN, kB, kH, kN, vB, vH, vN, oB, oH, oN, SHARES,
+    K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr, KEEP: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, N, K] and norm [B, H, N] of a share of the queries, from the whole state."""
+    """out [B, H, N, K] and norm [B, H, N] of a head, or of a share of its tokens.
+
+    PASSES: FIRST writes the sums over a share's keys, state [B H, SHARES, halves, K, K] and total without the last K.
+    SECOND reads these of all tokens and writes out and norm. BOTH does it at once, and writes the sums if KEEP.
+    """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
-    columns = tl.arange(0, BK) < K
-    P = tl.load(power + h) if MAP == FOCUSED else 1.0
-    L = _row(shift + bh * K, columns) if MAP == EXP else tl.zeros([BK], tl.float32)
-    HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    S = _square(state + bh * HALVES * K * K, K, columns).to(out.dtype.element_ty)
-    z = _row(total + bh * HALVES * K, columns)
-    if MAP == HEDGEHOG:
-        w = _square(q_map + h * K * K, K, columns).to(out.dtype.element_ty)
-        S1 = _square(state + (bh * 2 + 1) * K * K, K, columns).to(out.dtype.element_ty)
-        z1 = _row(total + (bh * 2 + 1) * K, columns)
+    columns = _columns(K, BK)
+    dtype: tl.constexpr = v.dtype.element_ty
     first, last = _range(N, SHARES, BN)
-    for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)
-        rows = n < last
-        x = _load(q + b * qB + h * qH, qN, n, columns, rows)
-        if MAP == HEDGEHOG:
-            f, g = _hedgehog(x.to(S.dtype), w, columns, rows)
-            g = g.to(S.dtype)
-            f = f.to(S.dtype)
-            y = _dot(g, S1, _dot(f, S))
-            d = tl.sum(f.to(tl.float32) * z[None, :] + g.to(tl.float32) * z1[None, :], 1)
-        else:
-            f = _phi(x.to(tl.float32), P, L, scale, columns, rows, MAP, True).to(S.dtype)
-            y = _dot(f, S)
+    if PASSES != SECOND:
+        w, P, L = _given(power, shift, k_map, bh, h, K, columns, dtype, MAP, POWER)
+        S = tl.zeros([BK, BK], tl.float32)
+        z = tl.zeros([BK], tl.float32)
+        S1, z1 = S, z
+        for start in range(first, last, BN):
+            n = start + tl.arange(0, BN)
+            rows = n < last
+            x = _load(k + b * kB + h * kH, kN, n, columns, rows)
+            y = _load(v + b * vB + h * vH, vN, n, columns, rows)
+            f, g = _phi(x.to(dtype) if MAP == HEDGEHOG else x, w, P, L, scale, columns, MAP, POWER, False)
+            f = f.to(dtype)
+            S = _dot(tl.trans(f), y, S)
+            z += tl.sum(tl.where(rows[:, None], f.to(tl.float32), 0.0), 0)
+            if MAP == HEDGEHOG:
+                g = g.to(dtype)
+                S1 = _dot(tl.trans(g), y, S1)
+                z1 += tl.sum(tl.where(rows[:, None], g.to(tl.float32), 0.0), 0)
+        if PASSES == FIRST or KEEP:
+            _store_sums(state, total, bh * SHARES + tl.program_id(1), K, columns, S, z, S1, z1, MAP)
+        R, R1 = S.to(dtype), S1.to(dtype)
+    else:
+        R, z, R1, z1 = _sums_of(state, total, bh, K, columns, dtype, MAP)
+    if PASSES != FIRST:
+        w, P, L = _given(power, shift, q_map, bh, h, K, columns, dtype, MAP, POWER)
+        for start in range(first, last, BN):
+            n = start + tl.arange(0, BN)
+            rows = n < last
+            x = _load(q + b * qB + h * qH, qN, n, columns, rows)
+            f, g = _phi(x.to(dtype) if MAP == HEDGEHOG else x, w, P, L, scale, columns, MAP, POWER, True)
+            f = f.to(dtype)
+            y = _dot(f, R)
             d = tl.sum(f.to(tl.float32) * z[None, :], 1)
-        y = y / tl.maximum(d, EPS)[:, None]
-        _store(out + b * oB + h * oH, oN, n, columns, rows, y)
-        tl.store(norm + bh * N + n, d, mask=rows)
+            if MAP == HEDGEHOG:
+                g = g.to(dtype)
+                y = _dot(g, R1, y)
+                d += tl.sum(g.to(tl.float32) * z1[None, :], 1)
+            _store(out + b * oB + h * oH, oN, n, columns, rows, y * (1 / tl.maximum(d, EPS))[:, None])
+            tl.store(norm + bh * N + n, d, mask=rows)
 
 
 @triton.jit
-def queries_kernel(
-    q, dy, norm, dnorm, q_map, power, shift, state, total, dq, dstate, dtotal, dpower, dmap, H, N, K, scale,
-    qB, qH, qN, yB, yH, yN, dB, dH, dN,
-    MAP: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
+def backward_kernel(
+    q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, state, total, dstate, dtotal, dq, dk, dv, dpower, dmap,
+    H, N, scale, qB, qH, qN, kB, kH, kN, vB, vH, vN, yB, yH, yN, dqB, dqH, dqN, dB, dH, dN, SHARES,
+    K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq of a share of the queries, and its sums of dS and dz, of the power's and the map's derivatives."""
+    """dq, dk, dv of a head, or of a share of its tokens; dk and dv have the same strides.
+
+    PASSES: FIRST writes dq, and the sums over a share's queries, dstate and dtotal. SECOND reads these of all tokens
+    and writes dk and dv. BOTH does it at once, without these sums in memory. Derivatives by the power,
+    [2, B H, SHARES], and by the maps, [2, B H, SHARES, K, K], are of the queries and of the keys.
+    """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
-    columns = tl.arange(0, BK) < K
-    P = tl.load(power + h) if MAP == FOCUSED else 1.0
-    L = _row(shift + bh * K, columns) if MAP == EXP else tl.zeros([BK], tl.float32)
-    HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    z = _row(total + bh * HALVES * K, columns)
-    dS = tl.zeros([BK, BK], tl.float32)
-    dz = tl.zeros([BK], tl.float32)
-    dP = 0.0
-    if MAP == HEDGEHOG:
-        w = _square(q_map + h * K * K, K, columns).to(dy.dtype.element_ty)
-        z1 = _row(total + (bh * 2 + 1) * K, columns)
-        dS1 = tl.zeros([BK, BK], tl.float32)
-        dz1 = tl.zeros([BK], tl.float32)
-        dW = tl.zeros([BK, BK], tl.float32)
-    first, last = _range(N, SHARES, BN)
-    for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)
-        rows = n < last
-        x = _load(q + b * qB + h * qH, qN, n, columns, rows)
-        d = tl.load(norm + bh * N + n, mask=rows, other=1.0)
-        e = tl.load(dnorm + bh * N + n, mask=rows, other=0.0)
-        floor = tl.maximum(d, EPS)
-        u = _load(dy + b * yB + h * yH, yN, n, columns, rows).to(tl.float32) / floor[:, None]
-        u = u.to(dy.dtype.element_ty)
-        # Read again for each block, from the cache: kept, it would take the registers of the rest.
-        S = _square(state + bh * HALVES * K * K, K, columns).to(u.dtype)
-        df = _dot(u, tl.trans(S))
-        if MAP == HEDGEHOG:
-            f, g = _hedgehog(x.to(S.dtype), w, columns, rows)
-            S1 = _square(state + (bh * 2 + 1) * K * K, K, columns).to(u.dtype)
-            dg = _dot(u, tl.trans(S1))
-            e -= tl.where(d >= EPS, tl.sum(f * df + g * dg, 1) / floor, 0.0)
-            df += e[:, None] * z[None, :]
-            dg += e[:, None] * z1[None, :]
-            dx, dw = _dhedgehog(x.to(S.dtype), w, f, g, df, dg)
-            dW += dw
-            dS1 = _dot(tl.trans(g.to(S.dtype)), u, dS1)
-            dz1 += tl.sum(g * e[:, None], 0)
-        else:
-            f = _phi(x.to(tl.float32), P, L, scale, columns, rows, MAP, True)
-            e -= tl.where(d >= EPS, tl.sum(f * df, 1) / floor, 0.0)
-            df += e[:, None] * z[None, :]
-            dx, dp = _dphi(x.to(tl.float32), df, P, L, scale, columns, rows, MAP, True)
-            dP += tl.sum(dp, 0)
-        dS = _dot(tl.trans(f.to(S.dtype)), u, dS)
-        dz += tl.sum(f * e[:, None], 0)
-        _store(dq + b * dB + h * dH, dN, n, columns, rows, dx)
+    columns = _columns(K, BK)
+    dtype: tl.constexpr = v.dtype.element_ty
     place = bh * SHARES + tl.program_id(1)
-    _store_square(dstate + place * HALVES * K * K, K, columns, dS)
-    _store_row(dtotal + place * HALVES * K, columns, dz)
-    if MAP == FOCUSED:
-        tl.store(dpower + place, dP)
-    if MAP == HEDGEHOG:
-        _store_square(dstate + (place * 2 + 1) * K * K, K, columns, dS1)
-        _store_row(dtotal + (place * 2 + 1) * K, columns, dz1)
-        _store_square(dmap + place * K * K, K, columns, dW)
-
-
-@triton.jit
-def keys_kernel(
-    k, v, k_map, power, shift, dstate, dtotal, dk, dv, dpower, dmap, H, N, K, scale,
-    kB, kH, kN, vB, vH, vN, dB, dH, dN,
-    MAP: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of a share of the keys, from the whole dS and dz; dk and dv have the same strides."""
-    bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // H, bh % H
-    columns = tl.arange(0, BK) < K
-    P = tl.load(power + h) if MAP == FOCUSED else 1.0
-    L = _row(shift + bh * K, columns) if MAP == EXP else tl.zeros([BK], tl.float32)
-    HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    dS = _square(dstate + bh * HALVES * K * K, K, columns).to(v.dtype.element_ty)
-    dz = _row(dtotal + bh * HALVES * K, columns)
-    dP = 0.0
-    if MAP == HEDGEHOG:
-        w = _square(k_map + h * K * K, K, columns).to(v.dtype.element_ty)
-        dS1 = _square(dstate + (bh * 2 + 1) * K * K, K, columns).to(v.dtype.element_ty)
-        dz1 = _row(dtotal + (bh * 2 + 1) * K, columns)
-        dW = tl.zeros([BK, BK], tl.float32)
+    sides = tl.num_programs(0).to(tl.int64) * SHARES
     first, last = _range(N, SHARES, BN)
-    for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)
-        rows = n < last
-        x = _load(k + b * kB + h * kH, kN, n, columns, rows)
-        y = _load(v + b * vB + h * vH, vN, n, columns, rows)
-        df = _dot(y, tl.trans(dS)) + dz[None, :]
+    if PASSES != SECOND:
+        w, P, L = _given(power, shift, q_map, bh, h, K, columns, dtype, MAP, POWER)
+        S, z, S1, z1 = _sums_of(state, total, bh, K, columns, dtype, MAP)
+        dS = tl.zeros([BK, BK], tl.float32)
+        dz = tl.zeros([BK], tl.float32)
+        dS1, dz1, dW, dP = dS, dz, dS, 0.0
+        for start in range(first, last, BN):
+            n = start + tl.arange(0, BN)
+            rows = n < last
+            x = _load(q + b * qB + h * qH, qN, n, columns, rows)
+            x = x.to(dtype) if MAP == HEDGEHOG else x
+            d = tl.load(norm + bh * N + n, mask=rows, other=1.0)
+            e = tl.load(dnorm + bh * N + n, mask=rows, other=0.0)
+            inverse = 1 / tl.maximum(d, EPS)
+            u = _load(dy + b * yB + h * yH, yN, n, columns, rows).to(tl.float32) * inverse[:, None]
+            u = u.to(dtype)
+            f, g = _phi(x, w, P, L, scale, columns, MAP, POWER, True)
+            df = _dot(u, tl.trans(S))
+            dg = df
+            along = tl.sum(f * df, 1)
+            if MAP == HEDGEHOG:
+                dg = _dot(u, tl.trans(S1))
+                along += tl.sum(g * dg, 1)
+            e -= tl.where(d >= EPS, along * inverse, 0.0)
+            df += e[:, None] * z[None, :]
+            if MAP == HEDGEHOG:
+                dg += e[:, None] * z1[None, :]
+                dS1 = _dot(tl.trans(g.to(dtype)), u, dS1)
+                dz1 += tl.sum(g * e[:, None], 0)
+            dx, dp, dw = _dphi(x, w, f, g, df, dg, P, scale, columns, rows, MAP, POWER)
+            if MAP == HEDGEHOG:
+                dW += dw
+            dP += dp
+            dS = _dot(tl.trans(f.to(dtype)), u, dS)
+            dz += tl.sum(f * e[:, None], 0)
+            _store(dq + b * dqB + h * dqH, dqN, n, columns, rows, dx)
+        if PASSES == FIRST:
+            _store_sums(dstate, dtotal, place, K, columns, dS, dz, dS1, dz1, MAP)
+        if MAP == FOCUSED and POWER == 0:
+            tl.store(dpower + place, dP)
         if MAP == HEDGEHOG:
-            f, g = _hedgehog(x.to(y.dtype), w, columns, rows)
-            dg = _dot(y, tl.trans(dS1)) + dz1[None, :]
-            dx, dw = _dhedgehog(x.to(y.dtype), w, f, g, df, dg)
-            dW += dw
-            values = _dot(g.to(y.dtype), dS1, _dot(f.to(y.dtype), dS))
-        else:
-            f = _phi(x.to(tl.float32), P, L, scale, columns, rows, MAP, False)
-            dx, dp = _dphi(x.to(tl.float32), df, P, L, scale, columns, rows, MAP, False)
-            dP += tl.sum(dp, 0)
-            values = _dot(f.to(y.dtype), dS)
-        _store(dk + b * dB + h * dH, dN, n, columns, rows, dx)
-        _store(dv + b * dB + h * dH, dN, n, columns, rows, values)
-    place = bh * SHARES + tl.program_id(1)
-    if MAP == FOCUSED:
-        tl.store(dpower + place, dP)
-    if MAP == HEDGEHOG:
-        _store_square(dmap + place * K * K, K, columns, dW)
+            _store_square(dmap + place * K * K, K, columns, dW)
+        R, R1 = dS.to(dtype), dS1.to(dtype)
+    else:
+        R, dz, R1, dz1 = _sums_of(dstate, dtotal, bh, K, columns, dtype, MAP)
+    if PASSES != FIRST:
+        w, P, L = _given(power, shift, k_map, bh, h, K, columns, dtype, MAP, POWER)
+        dW = tl.zeros([BK, BK], tl.float32)
+        dP = 0.0
+        for start in range(first, last, BN):
+            n = start + tl.arange(0, BN)
+            rows = n < last
+            x = _load(k + b * kB + h * kH, kN, n, columns, rows)
+            x = x.to(dtype) if MAP == HEDGEHOG else x
+            y = _load(v + b * vB + h * vH, vN, n, columns, rows)
+            f, g = _phi(x, w, P, L, scale, columns, MAP, POWER, False)
+            df = _dot(y, tl.trans(R)) + dz[None, :]
+            values = _dot(f.to(dtype), R)
+            dg = df
+            if MAP == HEDGEHOG:
+                dg = _dot(y, tl.trans(R1)) + dz1[None, :]
+                values = _dot(g.to(dtype), R1, values)
+            dx, dp, dw = _dphi(x, w, f, g, df, dg, P, scale, columns, rows, MAP, POWER)
+            if MAP == HEDGEHOG:
+                dW += dw
+            dP += dp
+            _store(dk + b * dB + h * dH, dN, n, columns, rows, dx)
+            _store(dv + b * dB + h * dH, dN, n, columns, rows, values)
+        if MAP == FOCUSED and POWER == 0:
+            tl.store(dpower + sides + place, dP)
+        if MAP == HEDGEHOG:
+            _store_square(dmap + (sides + place) * K * K, K, columns, dW)

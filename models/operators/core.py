@@ -55,8 +55,7 @@ def linear_attention(q_BHNF: Tensor, k_BHNF: Tensor, v_BHNK: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast would take matrix products back to bf16. The meta device, where FLOPs are counted, has none."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _quotient(
@@ -159,15 +158,18 @@ def _quadratic(
 
 # Of `attend`: the formula, torch's matrix products, and fused kernels.
 IMPLEMENTATIONS: dict[str, Callable] = {"reference": _quadratic, "torch": _with_torch, "triton": kernels.attend}
-_chosen = "torch"  # until the kernels have been measured on a GPU
+_chosen: str | None = None  # by `implementation`
 
 
 def implementation_of(name: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The implementation for tensors like these: torch, or what `implementation` says.
+    """The implementation for tensors like these: kernels on a GPU, else torch; or what `implementation` says.
 
-    Where kernels are asked for and do not serve an operator, a head dimension or a dtype, torch does.
+    Where kernels do not serve an operator, a head dimension or a dtype, torch does.
     """
-    return "torch" if _chosen == "triton" and not kernels.serves(name, q, k, v) else _chosen
+    chosen = _chosen
+    if chosen is None:
+        chosen = "triton" if q.is_cuda and kernels.INSTALLED else "torch"
+    return "torch" if chosen == "triton" and not kernels.serves(name, q, k, v) else chosen
 
 
 @contextmanager
