@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 def zero_config(zero: int) -> DeepSpeedZeroConfig:
     """`zero_optimization` of ds_configs."""
     settings = parse(["--stage", "2", "--deepspeed", str(ROOT / f"ds_configs/zero{zero}.json")])
-    return DeepSpeedZeroConfig(**deepspeed_config(settings, 1)["zero_optimization"])
+    return DeepSpeedZeroConfig(**deepspeed_config(settings, 8)["zero_optimization"])
 
 
 def memory_of(model: Model, zero: int, ranks: int, checkpointing: bool, micro: int, accumulate: int) -> float:
