@@ -1,15 +1,12 @@
-"""What a step waits for, counted on real engines of two ranks; and that batches come to a device without a wait."""
+"""What a step waits for, counted on real engines of two ranks."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import train_loader
 from tests.conftest import ENVIRONMENT, ROOT
 
 Counts = dict[str, dict[str, float]]
@@ -56,30 +53,3 @@ def test_the_norm_is_one_collective(counts: Counts) -> None:
 def test_on_a_gpu_torch_sees_one_wait() -> None:
     for case, found in counted(1).items():
         assert sum(found.values()) <= 1.5, (case, found)  # half: before the first of the two steps
-
-
-class Copies(TorchDispatchMode):
-    """Within it: `found`, whether each copy from the CPU to another device let the host go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[bool] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
-        if func.overloadpacket is torch.ops.aten._to_copy and args[0].device.type == "cpu" and out.device.type != "cpu":
-            self.found.append(kwargs.get("non_blocking", False))
-        return out
-
-
-def test_a_batch_comes_in_two_copies_that_nothing_waits_for(small: Path) -> None:
-    """The images, and index, label and key together. The other device here is torch's `meta`."""
-    loader = train_loader(small / "train.beton", image_size=32, batch_size=16, device="meta", workers=1)
-    batches = loader.epoch()
-    next(batches)
-    with Copies() as copies:
-        batch = next(batches)
-    loader.close()
-    assert copies.found == [True, True]
-    assert {name: value.device.type for name, value in batch.items()} == dict.fromkeys(batch, "meta")
-    assert batch["image"].shape == (16, 3, 32, 32) and batch["key"].dtype == torch.int64
