@@ -2,13 +2,17 @@
 
 import json
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import Result, run_trainer
 from trainer.config import UserError, parse
 from trainer.engine.profile import PARTS
+from trainer.engine.speed import Clock
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,22 @@ def test_metrics_tell_the_speed(run: Result) -> None:
         assert line["seconds_per_step"] == pytest.approx(16 / line["images_per_second"])
         assert line["tflops"] > 0 and line["peak_memory_gib"] > 0.05 and 0 <= line["data_wait"] < 1
         assert all(line[f"mfu{part}"] is None for part in ("", "_teacher", "_student", "_operator"))  # of a CPU
+
+
+def test_waits_for_data_are_seen() -> None:
+    def slow() -> Iterator[int]:
+        for i in range(3):
+            time.sleep(0.02)
+            yield i
+
+    clock = Clock(0, torch.device("cpu"))
+    batches = clock.waiting_for(slow())
+    for _ in range(3):
+        next(batches)
+        time.sleep(0.02)
+    values = clock.rates(3, 1, 1, None)
+    waited = values["data_wait"] * 3 * values["seconds_per_step"]
+    assert 0.06 <= waited <= 3 * values["seconds_per_step"] - 0.06
 
 
 @pytest.mark.parametrize("steps", ("4", "4-3", "0-2", "a-b"))

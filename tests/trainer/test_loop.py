@@ -1,27 +1,34 @@
-"""What a step waits for, counted on real engines of two ranks."""
+"""The loop on real engines of two ranks: what a step waits for, and a stop within a step."""
 
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import ENVIRONMENT, ROOT
+from trainer.ranks.signals import STOPPED
 
 Counts = dict[str, dict[str, float]]
 
 
-def counted(ranks: int) -> Counts:
-    command = [sys.executable, str(ROOT / "tests/support/waits.py"), str(ranks)]
+def looked_at(ranks: int) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "tests/support/steps.py"), str(ranks)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def counts() -> Counts:
-    return counted(2)
+def found() -> dict[str, Any]:
+    return looked_at(2)
+
+
+@pytest.fixture
+def counts(found: dict[str, Any]) -> Counts:
+    return found["waits"]
 
 
 def waits(found: dict[str, float]) -> dict[str, float]:
@@ -40,16 +47,21 @@ def test_a_micro_batch_has_one_collective_of_its_own(counts: Counts) -> None:
     """The stop flag, which nothing waits for."""
     one, three = counts["one micro-batch"], counts["three micro-batches"]
     flag = "allreduce_ signals.py:__call__"
-    assert (one.pop(flag), three.pop(flag)) == (1, 3)
-    assert one == three
+    assert (one[flag], three[flag]) == (1, 3)
+    assert one | {flag: 3} == three
 
 
 def test_the_norm_is_one_collective(counts: Counts) -> None:
     assert all(found["allreduce_ engine.py:global_norm"] == 1 for found in counts.values())
 
 
+def test_a_stop_is_heeded_within_a_step(found: dict[str, Any]) -> None:
+    """By the rank that was not asked too, two micro-batches later; of the step that was begun nothing is left."""
+    assert found["stop"] == {"status": STOPPED, "saved": [1], "made": 8, "seen": 5}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_torch_sees_one_wait() -> None:
-    for case, found in counted(1).items():
+    for case, found in looked_at(1)["waits"].items():
         assert sum(found.values()) <= 1.5, (case, found)  # half: before the first of the two steps

@@ -1,8 +1,9 @@
-"""Counts what a training step waits for, on real DeepSpeed engines: `python tests/support/waits.py` prints JSON.
+"""Training steps on real DeepSpeed engines, looked at from within: `python tests/support/steps.py RANKS` prints JSON.
 
-For each ZeRO stage, accumulation and number of parameter groups: host waits and collectives of a few steps, by the
-place that asks for them. On CPU ranks a tensor counts as the device's until it is copied to the host by name
-(`.to("cpu", copy=True)`); so what would wait for a GPU is seen without one. On a GPU torch itself says what waits.
+`waits`: of some stages, ZeRO stages, accumulations and numbers of parameter groups, the host waits and collectives of a
+step, by the place that asks for them. On CPU ranks a tensor counts as the device's until it is copied to the host by
+name (`.to("cpu", copy=True)`); so what would wait for a GPU is seen without one. On a GPU torch itself says what waits.
+`stop`: what a stop within a step leaves.
 """
 
 import json
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -28,7 +30,7 @@ from benchmarks.step import arguments as command_line
 from benchmarks.step import build_stage, engine_of, memory_loader, parse_options, training_of
 from tests.support.zygote import free_port
 from trainer.config import parse
-from trainer.loop import train
+from trainer.loop import Training, train
 from trainer.ranks.world import World, deepspeed, join, this_process
 
 ROOT = Path(__file__).parents[2]
@@ -95,16 +97,19 @@ def counting(device: torch.device) -> Iterator[Counter]:
             accelerator.synchronize = own
 
 
-def count(me: World, folder: Path, which: str, zero: int, accumulate: int, given: list[str]) -> dict[str, float]:
-    """What a step waits for, by place; the mean of the steps after the first ones."""
+def build(me: World, folder: Path, which: str, zero: int, accumulate: int, given: list[str]) -> Training:
+    """A tiny stage in an engine, with batches in memory."""
     options = parse_options(["--tiny", "--deepspeed", str(ROOT / f"ds_configs/zero{zero}.json")])
     options.batch_size, options.micro_batch_size = 4 * me.size * accumulate, 4
-    settings = parse([*command_line(which, options, folder), *given])
-    torch.set_num_threads(1)
+    settings = parse([*command_line(which, options, folder), *given, "--train.log_every", "1000"])
     stage = build_stage(settings)
     engine = engine_of(settings, stage, me, fused=True)  # as on a GPU: torch's other AdamW counts its steps in tensors
-    training = training_of(settings, engine, memory_loader(settings, stage, me), folder / str(me.rank), 100)
-    settings.train.log_every = 1000
+    return training_of(settings, engine, memory_loader(settings, stage, me), folder / str(me.rank), 100)
+
+
+def count(me: World, folder: Path, which: str, zero: int, accumulate: int, given: list[str]) -> dict[str, float]:
+    """What a step waits for, by place; the mean of the steps after the first ones."""
+    training = build(me, folder, which, zero, accumulate, given)
 
     def steps(at: int, until: int) -> None:
         # The loop logs at its last step: it is told of one more, and stopped at the step that counts.
@@ -115,7 +120,7 @@ def count(me: World, folder: Path, which: str, zero: int, accumulate: int, given
             if step == until + 1:
                 raise Enough
 
-        training.profile = type("Until", (), {"before": staticmethod(before)})()
+        training.profile = SimpleNamespace(before=before)
         with suppress(Enough):
             train(training, at, until + 1)
 
@@ -136,19 +141,42 @@ CASES = {
 }  # fmt: skip
 
 
+def stop_within_a_step(me: World, folder: Path) -> dict[str, Any]:
+    """The last rank is asked to stop while it makes the second of five micro-batches of step 2."""
+    training, made, saved = build(me, folder, "2", 1, 5, []), [], []
+    stage, epoch = training.engine.module, training.loader.epoch
+    stage.register_buffer("seen", torch.zeros(()))
+    stage.register_forward_pre_hook(lambda *_: stage.seen.add_(1) and None)
+
+    def batches(*args: int) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in epoch(*args):
+            made.append(1)
+            training.should_stop.set |= me.rank == me.size - 1 and len(made) == 7
+            yield batch
+
+    training.loader.epoch, training.save = batches, saved.append
+    status = train(training, 0, 9)
+    return {"status": status, "saved": saved, "made": len(made), "seen": stage.seen.item()}
+
+
 def run_rank(folder: Path) -> None:
     """All cases on this rank; rank 0 prints."""
     me = this_process()
+    torch.set_num_threads(1)
     join(me)
     found = {name: count(me, folder / str(number), *case) for number, (name, case) in enumerate(CASES.items())}
+    stop = stop_within_a_step(me, folder / "stop")
     if me.rank == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps({"waits": found, "stop": stop}), flush=True)
 
 
 def main(ranks: int) -> int:
     """The ranks, forked; returns the exit status."""
     port, children = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
+        if ranks == 1:  # a fork could not use a GPU
+            run_rank(Path(folder))
+            return 0
         for rank in range(ranks):
             children.append(os.fork())
             if children[-1] == 0:
