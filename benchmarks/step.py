@@ -204,12 +204,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
-    options, me = parse_options(argv), this_process()
-    if me.device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
-    join(me)
+def compare(options: argparse.Namespace, me: World) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all stages, and a line on each stage's speed."""
     rows, notes = [], []
     for which in options.stages:
         with tempfile.TemporaryDirectory() as folder:
@@ -219,6 +215,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         speed = work / turns.of("ours")
         mfu = f", MFU {speed / flops.peak:.1%}" if flops.peak else ""
         notes.append(f"stage {which}: {speed / 1e12:.3g} TFLOP/s{mfu}; {turns.of('ours'):.4g} s per step")
+    return rows, notes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options, me = parse_options(argv), this_process()
+    if me.device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    join(me)
+    rows, notes = compare(options, me)
     if options.json:
         print(json.dumps({"rows": rows, "notes": notes}))
     else:

@@ -3,7 +3,8 @@
 `waits`: of some stages, ZeRO stages, accumulations and numbers of parameter groups, the host waits and collectives of a
 step, by the place that asks for them. On CPU ranks a tensor counts as the device's until it is copied to the host by
 name (`.to("cpu", copy=True)`); so what would wait for a GPU is seen without one. On a GPU torch itself says what waits.
-`stop`: what a stop within a step leaves.
+`stop`: what a stop within a step leaves. `sums`: how the gradients of many micro-batches add up.
+`bench`: the rows of `make bench-step`.
 """
 
 import json
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.step import arguments as command_line
-from benchmarks.step import build_stage, engine_of, memory_loader, parse_options, training_of
+from benchmarks.step import build_stage, compare, engine_of, memory_loader, parse_options, training_of
 from tests.support.zygote import free_port
 from trainer.config import parse
 from trainer.loop import Training, train
@@ -159,6 +160,16 @@ def stop_within_a_step(me: World, folder: Path) -> dict[str, Any]:
     return {"status": status, "saved": saved, "made": len(made), "seen": stage.seen.item()}
 
 
+def norm_of_sums(me: World, folder: Path, zero: int) -> float:
+    """The gradient's norm in bf16, two batches added 16 times each over that of once each: 1 but for rounding."""
+    norms = []
+    for accumulate in (32, 2):
+        training = build(me, folder / str(accumulate), "2", zero, accumulate, ["--train.bf16", "true"])
+        train(training, 0, 1)
+        norms.append(float(training.engine.get_global_grad_norm()))
+    return norms[0] / norms[1]
+
+
 def run_rank(folder: Path) -> None:
     """All cases on this rank; rank 0 prints."""
     me = this_process()
@@ -166,8 +177,10 @@ def run_rank(folder: Path) -> None:
     join(me)
     found = {name: count(me, folder / str(number), *case) for number, (name, case) in enumerate(CASES.items())}
     stop = stop_within_a_step(me, folder / "stop")
+    bench, _ = compare(parse_options(["--tiny", "--rounds", "1", "--stages", "1"]), me)
+    sums = {f"zero {zero}": norm_of_sums(me, folder / f"sums{zero}", zero) for zero in (1, 2, 3)}
     if me.rank == 0:
-        print(json.dumps({"waits": found, "stop": stop}), flush=True)
+        print(json.dumps({"waits": found, "stop": stop, "sums": sums, "bench": bench}), flush=True)
 
 
 def main(ranks: int) -> int:

@@ -14,8 +14,8 @@ from trainer.engine.profile import Mark, part
 # Dense bf16 TFLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits.
 PEAKS = {
     r"B200": 2250, r"H100.*PCIe": 756, r"H100 NVL": 835, r"H100|H200|GH200": 989, r"H800": 989, r"H20\b": 148,
-    r"A100|A800": 312, r"A40\b": 150, r"A30\b": 165, r"A10\b": 125, r"L40S": 362, r"L40\b": 181, r"L4\b": 121,
-    r"RTX 6000 Ada": 364, r"RTX A6000": 155, r"RTX 5090": 210, r"RTX 4090": 165, r"RTX 3090": 71,
+    r"A100|A800": 312, r"A40\b": 150, r"A30\b": 165, r"A10G": 70, r"A10\b": 125, r"L40S": 362, r"L40\b": 181,
+    r"L4\b": 121, r"RTX 6000 Ada": 364, r"RTX A6000": 155, r"RTX 5090": 210, r"RTX 4090": 165, r"RTX 3090": 71,
 }  # fmt: skip
 
 
