@@ -9,7 +9,8 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
 .PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
-	bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation wheel clean
+	bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation bench-step \
+	wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +75,9 @@ bench-scaling: setup  ## Print docs/scaling.md's tables (ARGS=--check measures w
 
 bench-segmentation: setup  ## Segment the embedded canvases: linear student against softmax baseline, two seeds
 	$(PYTHON_VENV) -m benchmarks.segmentation $(ARGS)
+
+bench-step: setup  ## Compare the training step with a bare DeepSpeed loop and with the teacher's forward pass (CPU or GPU)
+	$(PYTHON_VENV) -m benchmarks.step $(ARGS)
 
 wheel: setup  ## Build dist/unsoftmax-*.whl, which carries models/ alone
 	rm -rf build dist

@@ -64,7 +64,7 @@ def main() -> None:
     def boundary() -> float:
         """What the loop does after each step."""
         began = time.perf_counter()
-        if checkpoints.pending and not checkpoints.writing:
+        if checkpoints.written:
             checkpoints.publish()
         return time.perf_counter() - began
 

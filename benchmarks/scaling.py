@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 def zero_config(zero: int) -> DeepSpeedZeroConfig:
     """`zero_optimization` of ds_configs."""
     settings = parse(["--stage", "2", "--deepspeed", str(ROOT / f"ds_configs/zero{zero}.json")])
-    return DeepSpeedZeroConfig(**deepspeed_config(settings, 1)["zero_optimization"])
+    return DeepSpeedZeroConfig(**deepspeed_config(settings, 8)["zero_optimization"])
 
 
 def memory_of(model: Model, zero: int, ranks: int, checkpointing: bool, micro: int, accumulate: int) -> float:
@@ -288,7 +288,8 @@ def rank_of(
     taken = peak()
     if rank == 0:
         # Of the buffer for gradients only what is written is resident on a CPU.
-        known = DeepSpeedZeroConfig(**config["zero_optimization"] | {"reduce_bucket_size": min(trained, 500_000_000)})
+        zero = config["zero_optimization"]
+        known = DeepSpeedZeroConfig(**zero | {"reduce_bucket_size": min(trained, zero["reduce_bucket_size"])})
         estimated = memory_bytes(trained, frozen, teacher, known, 2, True, False, activations, 1)
         Path(answer).write_text(f"{estimated} {taken}")
     leave()

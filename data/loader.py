@@ -263,6 +263,7 @@ class Loader:
         # FFCV allocates its buffers (page-locked, with a GPU) anew for each epoch; one runs at a time, so once will do.
         self._ffcv.graph.allocate_memory = functools.lru_cache(maxsize=1)(self._ffcv.graph.allocate_memory)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None  # of the last batch
         self._running: EpochIterator | None = None
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
@@ -288,6 +289,8 @@ class Loader:
     def close(self) -> None:
         """Ends the running epoch's threads, if any. The loader can be used again."""
         running, self._running = self._running, None
+        if self._copied is not None:
+            self._copied.synchronize()
         if running is None:
             return
         running.iter_ixes = iter(())  # FFCV's thread looks for its end only when the queue is full
@@ -305,20 +308,18 @@ class Loader:
         running = self._running = EpochIterator(self._ffcv, _Cuts(order, self.micro_batch_size))
         try:
             for indices, counts in zip(order, valid, strict=True):
-                image, mask = self._to_views(self._next(running), self._decoder.size(indices[0]))
+                views = self._next(running)
                 if damaged := self._state[2].item():
                     which = f"image {damaged - 1}" if damaged > 0 else f"the mask of image {-damaged - 1}"
                     raise DamagedError(f"{self.info.path}: {which} is damaged; {WRITE_AGAIN}")
-                batch = {"image": image, "index": self._to_device(indices)}
-                if mask is not None:
-                    batch["mask"] = mask
+                columns = {"index": indices}
                 if self._labels is not None:
-                    batch["label"] = self._to_device(self._labels[indices])
+                    columns["label"] = self._labels[indices]
                 if self._train:
-                    batch["key"] = self._to_device(sample_keys(self._state[0], epoch, indices).view(np.int64))
+                    columns["key"] = sample_keys(self._state[0], epoch, indices).view(np.int64)
                 else:
-                    batch["valid"] = self._to_device(counts)
-                yield batch
+                    columns["valid"] = counts
+                yield self._to_device(views, self._decoder.size(indices[0]), columns)
         finally:
             if self._running is running:
                 self.close()
@@ -328,6 +329,8 @@ class Loader:
         while True:
             if self._running is not running:
                 raise RuntimeError("this epoch was ended: its loader was closed or began another epoch")
+            if self._copied is not None:
+                self._copied.synchronize()  # then FFCV may write again into the buffer of the batch before
             try:
                 _, (views,) = running.output_queue.get(timeout=1.0)
                 return views
@@ -335,30 +338,36 @@ class Loader:
                 if not running.is_alive() and running.output_queue.empty():
                     raise RuntimeError(f"{self.info.path}: decoding died, see the traceback above") from None
 
-    def _to_views(self, views: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 [B, bytes] in FFCV's buffer -> copies on the device: normalised [B, 3, H, W], and mask [B, H, W]."""
+    def _to_device(self, views: torch.Tensor, size: tuple[int, int], columns: dict[str, np.ndarray]) -> Batch:
+        """uint8 [B, bytes] in FFCV's buffer, and columns [B] -> a batch on the device: normalised image, maybe mask.
+
+        On a GPU it is copied on a stream of its own while training goes on. Only the GPU waits for it.
+        """
         height, width = size
         pixels, masked = height * width, self._decoder.masked
-        views = views[:, : (3 + masked) * pixels]
+        parts = [views[:, : (3 + masked) * pixels], torch.from_numpy(np.stack([*columns.values()]).astype(np.int64))]
         if self._copies is not None:
-            # On a stream of its own, so that waiting for the copy (the buffer is reused) does not wait for training.
             with torch.cuda.stream(self._copies):
-                views = views.to(self.device, non_blocking=True)
-            self._copies.synchronize()
-            views.record_stream(torch.cuda.current_stream(self.device))
-        views = views.to(self.device)
+                parts = [part.to(self.device, non_blocking=True) for part in parts]
+                self._copied = self._copies.record_event()
+            training = torch.cuda.current_stream(self.device)
+            training.wait_event(self._copied)
+            for part in parts:
+                part.record_stream(training)
+        views, numbers = (part.to(self.device, non_blocking=True) for part in parts)
+        batch = dict(zip(columns, numbers, strict=True))
+        if "valid" in batch:
+            batch["valid"] = batch["valid"].bool()
         image = views[:, : 3 * pixels].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
         image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        mask = views[:, 3 * pixels :].clone(memory_format=torch.contiguous_format) if masked else None
-        image = image.sub_(self._mean).div_(self._std).to(self._dtype)
-        return image, None if mask is None else mask.unflatten(1, (height, width))
+        if masked:
+            mask = views[:, 3 * pixels :].clone(memory_format=torch.contiguous_format)
+            batch["mask"] = mask.unflatten(1, (height, width))
+        return {"image": image.sub_(self._mean).div_(self._std).to(self._dtype), **batch}
 
     def pixels(self, image: torch.Tensor) -> torch.Tensor:
         """Images of a batch before they were normalised: fp32 in 0..1."""
         return (image.float() * self._std + self._mean) / 255
-
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.copy()).to(self.device)
 
 
 class _Cuts:

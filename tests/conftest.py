@@ -190,7 +190,8 @@ def run_trainer(
 def curve(folder: Path, *splits: str) -> list[dict]:
     """A stage's metrics lines of `splits` (default: all), without what measures time."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timing = {"images_per_second", "data_wait", "save_wait", "time"}
+    timing = {"images_per_second", "seconds_per_step", "data_wait", "save_wait", "peak_memory_gib", "tflops", "mfu",
+              "mfu_teacher", "mfu_student", "mfu_operator", "time"}  # fmt: skip
     return [
         {k: v for k, v in line.items() if k not in timing} for line in lines if line["split"] in splits or not splits
     ]

@@ -1,8 +1,8 @@
 """THE training loop, over a DeepSpeed engine. It knows no stage: a stage gives losses and evaluates itself."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from timm.scheduler.scheduler import Scheduler
 from trainer.config import UserError
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.engine import DeepSpeedEngine
+from trainer.engine.profile import Profile, part
 from trainer.engine.settings import Train
+from trainer.engine.speed import Clock, Flops
 from trainer.output.tracking import Tracker
-from trainer.ranks.signals import STOPPED, StopFlag, Stopped, on_any_rank
+from trainer.ranks.signals import STOPPED, OnAnyRank, StopFlag, Stopped, on_any_rank
 from trainer.ranks.world import dist
 
 
@@ -27,10 +29,12 @@ class Training:
     schedule: Scheduler  # sets the learning rate as a pure function of the step
     settings: Train
     tracker: Tracker
-    should_stop: StopFlag  # asked before each step; the run then saves and ends, as when `evaluate` raises Stopped
+    should_stop: StopFlag  # asked before each micro-batch, heeded at the next one: the run then saves and ends
     checkpoints: Checkpoints  # published at the first step boundary after all ranks wrote
     save: Callable[[int], None]  # begins a checkpoint of the step; all ranks call it
-    evaluate: Callable[[int], None]  # evaluates and logs at the step; all ranks call it
+    evaluate: Callable[[int], None]  # evaluates and logs at the step; all ranks call it; may raise Stopped
+    flops: Callable[[int], Flops] | None = None  # of an image at a step, for the metrics of the rank that logs
+    profile: Profile | None = None
 
 
 def train(training: Training, step: int, steps: int) -> int:
@@ -42,28 +46,42 @@ def train(training: Training, step: int, steps: int) -> int:
     """
     engine, loader, settings = training.engine, training.loader, training.settings
     tracker, checkpoints = training.tracker, training.checkpoints
-    clock, skipped, saved = Clock(step), [], step
+    clock, skipped, saved = Clock(step, engine.device), [], step
+    profile = training.profile or Profile(None, Path(), engine.device)
+    on_any = OnAnyRank(engine.device)
     most_skipped = min(settings.max_skipped, -(-steps // 2))  # a short run counts too
     batches = clock.waiting_for(batches_from(loader, step))
     try:
         if should_evaluate(settings, step, steps) and not on_any_rank(tracker.was_evaluated(step), engine.device):
             training.evaluate(step)  # at the start, or where a stop came first
             clock.restart(step)
+        training.should_stop.raise_if_set(engine.device)
         while step < steps:
-            training.should_stop.raise_if_set(engine.device)
+            if (table := profile.before(step + 1)) is not None:
+                tracker.info(table)
+                clock.restart(step)  # writing the trace took a while
+            before = [(buffer, buffer.clone()) for buffer in engine.module.buffers()] if loader.accumulate > 1 else []
             training.schedule.step_update(step)
             seed_step(settings.seed, step)
             losses: dict[str, torch.Tensor] = {}
             parts = []
             for _ in range(loader.accumulate):
+                stopped, unwritten = on_any(training.should_stop.set, not checkpoints.written)
+                if stopped:  # what was accumulated of this step is left
+                    for buffer, value in before:
+                        buffer.copy_(value)
+                    raise Stopped
                 batch = next(batches)
-                out = engine(batch)
-                engine.backward(out["loss"])
+                with part("student forward"):
+                    out = engine(batch)
+                with part("backward"):
+                    engine.backward(out["loss"])
                 for key, value in out.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / loader.accumulate
                 parts.append((out["loss"].detach(), batch["index"]))
                 # With the last micro-batch the ranks update together, or none does if any's gradient is not finite.
-                engine.step()
+                with part("optimizer"):
+                    engine.step()
             step += 1
             tracker.advance()
             skipped = [] if engine.was_step_applied() else [*skipped, (step, parts)]
@@ -74,29 +92,46 @@ def train(training: Training, step: int, steps: int) -> int:
                 checkpoints.publish()
                 raise UserError(skipped_steps_message(skipped, last))
             if step % settings.log_every == 0 or step == steps:
-                means = torch.stack(list(losses.values()))
-                dist.all_reduce(means)
-                means = dict(zip(losses, (means / dist.get_world_size()).tolist(), strict=True))
-                lr, norm = max(group["lr"] for group in engine.optimizer.param_groups), engine.get_global_grad_norm()
-                line = {"step": step, "epoch": step / loader.steps_per_epoch, "split": "train"} | means
-                tracker.log(line | {"lr": lr, "grad_norm": norm} | clock.rates(step, settings.batch_size))
+                with part("logging"):
+                    log(training, step, losses, clock)
             if should_evaluate(settings, step, steps):
                 training.evaluate(step)
                 clock.restart(step)
-            if checkpoints.pending and not on_any_rank(checkpoints.writing, engine.device):
+            if checkpoints.pending and not unwritten:
                 clock.standing_still(checkpoints.publish)
             # Not while steps are being skipped: the newest checkpoint stays from before.
             if step == steps or (not skipped and step // settings.save_every > saved // settings.save_every):
                 clock.standing_still(training.save, step)
                 saved = step
+        say(tracker, profile.stop(step))
         checkpoints.publish()
     except Stopped:
+        say(tracker, profile.stop(step))
         if step > saved:
             training.save(step)
         checkpoints.publish()
         tracker.info(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
         return STOPPED
     return 0
+
+
+def log(training: Training, step: int, losses: dict[str, torch.Tensor], clock: Clock) -> None:
+    """The metrics line of a step; a collective. It waits for the device."""
+    engine, loader, ranks = training.engine, training.loader, dist.get_world_size()
+    means = torch.stack(list(losses.values()))
+    dist.all_reduce(means)
+    line = {"step": step, "epoch": step / loader.steps_per_epoch, "split": "train"}
+    line |= dict(zip(losses, (means / ranks).tolist(), strict=True))
+    line |= {"lr": max(group["lr"] for group in engine.optimizer.param_groups)}
+    line |= {"grad_norm": engine.get_global_grad_norm()}
+    flops = training.flops(step) if training.flops else None
+    training.tracker.log(line | clock.rates(step, training.settings.batch_size, ranks, flops))
+
+
+def say(tracker: Tracker, table: str | None) -> None:
+    """A profile's table, where there is one."""
+    if table is not None:
+        tracker.info(table)
 
 
 def should_evaluate(settings: Train, step: int, steps: int) -> bool:
@@ -129,39 +164,6 @@ def skipped_steps_message(skipped: list[tuple[int, list[tuple[torch.Tensor, torc
     )
     how = f"step {last} is kept, from before; mend these samples, or use a lower train.lr in another --run"
     return f"{what}: {where}; {how}"
-
-
-class Clock:
-    """Images per second, and the shares of time spent waiting for data and for checkpoints, since the last reading."""
-
-    def __init__(self, step: int) -> None:
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Begin a new reading at `step`."""
-        self.step, self.waited, self.stood, self.since = step, 0.0, 0.0, time.perf_counter()
-
-    def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, the time that each took noted."""
-        while True:
-            began = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - began
-            yield batch
-
-    def standing_still(self, work: Callable[..., None], *args: Any) -> None:
-        """Do what training waits for."""
-        began = time.perf_counter()
-        work(*args)
-        self.stood += time.perf_counter() - began
-
-    def rates(self, step: int, batch_size: int) -> dict[str, float]:
-        """Ends the reading at `step`, and begins the next."""
-        elapsed = time.perf_counter() - self.since
-        speed = (step - self.step) * batch_size / elapsed
-        values = {"images_per_second": speed, "data_wait": self.waited / elapsed, "save_wait": self.stood / elapsed}
-        self.restart(step)
-        return values
 
 
 def batches_from(loader, step: int) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from trainer.config import Settings, UserError, as_dict, parse, stage_of, user_e
 from trainer.engine.checkpoint import Checkpoints, Manifest
 from trainer.engine.engine import build_engine, deepspeed_config, offloads
 from trainer.engine.optim import build_optimizer, build_schedule
+from trainer.engine.profile import Profile
 from trainer.loop import Training, train
 from trainer.output.folder import StageFolder
 from trainer.output.tracking import Tracker
@@ -22,6 +23,7 @@ from trainer.ranks.watchdog import MISTAKE, Watchdog
 from trainer.ranks.world import World, check_driver, join, leave, this_process
 from trainer.setup.build import Job, build, check_unchanged
 from trainer.setup.dry_run import describe
+from trainer.setup.flops import flops_by_step
 from trainer.setup.inputs import loaders, reading_order
 from trainer.setup.prepare import prepare, say_stopped
 
@@ -94,6 +96,7 @@ def train_stage(
         job.stage.parameter_groups(), settings.train, job.stage.ema_decay, fused=on_gpu, cpu_offload=offloads(config)
     )
     schedule = build_schedule(optimizer, settings.train, job.steps)
+    flops = flops_by_step(job, settings.train.bf16, me.device_name) if me.rank == 0 else None
     engine = build_engine(job.stage, optimizer, config)
     match_dtypes(job.stage)
     for model in job.stage.beside():
@@ -135,7 +138,8 @@ def train_stage(
 
     training = Training(
         engine=engine, loader=train_data, schedule=schedule, settings=settings.train, tracker=tracker,
-        should_stop=should_stop, checkpoints=checkpoints, save=save, evaluate=evaluate,
+        should_stop=should_stop, checkpoints=checkpoints, save=save, evaluate=evaluate, flops=flops,
+        profile=Profile(settings.train.profile if me.rank == 0 else None, folder.path / "profile", me.device),
     )  # fmt: skip
     status = train(training, step, job.steps)
     if status == 0:

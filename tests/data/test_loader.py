@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import epoch_order, eval_loader, inspect, resolve, train_loader
 from data.augment import centre_view, enlarge, random_view
@@ -373,6 +374,34 @@ def test_part_of_a_file_is_shuffled(beton):
 def test_start_outside_the_epoch_is_refused(train):
     with pytest.raises(ValueError, match=r"start 13: must be in 0\.\.12"):
         train.epoch(0, 13)
+
+
+class Copies(TorchDispatchMode):
+    """Within it: `found`, whether each copy from the CPU to another device let the host go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        if func.overloadpacket is torch.ops.aten._to_copy and args[0].device.type == "cpu" and out.device.type != "cpu":
+            self.found.append(kwargs.get("non_blocking", False))
+        return out
+
+
+def test_a_batch_comes_in_two_copies_that_nothing_waits_for(train, reference, monkeypatch) -> None:
+    """The images, and index, label and key together. The other device here is torch's `meta`."""
+    other = torch.device("meta")
+    for name, value in {"device": other, "_mean": train._mean.to(other), "_std": train._std.to(other)}.items():
+        monkeypatch.setattr(train, name, value)
+    batches = train.epoch(1)
+    with Copies() as copies:
+        batch = next(batches)
+    batches.close()
+    assert copies.found == [True, True]
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in reference[0].items()}
+    assert all(value.is_meta for value in batch.values())
 
 
 @pytest.mark.gpu

@@ -63,9 +63,9 @@ class Checkpoints:
         return self._writer is not None
 
     @property
-    def writing(self) -> bool:
-        """Whether this rank's file is still being written."""
-        return self._writer is not None and self._writer.is_alive()
+    def written(self) -> bool:
+        """Whether this rank's file of the pending save is there."""
+        return self._writer is not None and not self._writer.is_alive()
 
     def begin(self, engine: DeepSpeedEngine, state: Manifest) -> None:
         """Copy what is to be saved, and start to write it. A save that is still pending is published first.

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from trainer.config import Settings, UserError
-from trainer.ranks import world  # noqa: F401, before DeepSpeed
+from trainer.ranks import world
 
 # isort: split
 import deepspeed
@@ -104,8 +104,22 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
             first = error.errors()[0]
             where, why = ".".join(map(str, (section, *first["loc"]))), first["msg"].lower()
             raise UserError(f"--deepspeed {path}: {where}: DeepSpeed refuses it ({why}); mend or remove it") from error
-    # Our AdamW is torch's with an average beside; the log lines are ours.
-    return {**config, "zero_allow_untested_optimizer": True, "steps_per_print": None}
+    if sums_in_fp32(config["zero_optimization"]["stage"], accumulate, settings.train.bf16, offloads(config)):
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    if size == 1:  # there is nothing to overlap, and DeepSpeed would wait for the device after each backward
+        config["zero_optimization"]["overlap_comm"] = False
+    # Our AdamW is torch's with an average beside; the log lines are ours. DeepSpeed's timer of throughput would wait
+    # for the device twice per micro-batch.
+    timers = {"timers": {"throughput": {"enabled": False}}}
+    return {**timers, **config, "zero_allow_untested_optimizer": True, "steps_per_print": None}
+
+
+def sums_in_fp32(zero: int, accumulate: int, bf16: bool, offload: bool) -> bool:
+    """Whether the gradients of micro-batches are added in fp32: in ZeRO 2 and 3, unless the file says otherwise.
+
+    In bf16 the sum of 16 is off by 0.5 %, that of 128 by 1.2 %.
+    """
+    return bf16 and accumulate > 1 and zero >= 2 and not offload
 
 
 def offloads(config: dict[str, Any]) -> bool:
@@ -124,7 +138,31 @@ def build_engine(stage: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
         engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=config)
     except (DeepSpeedConfigError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
+    if not offloads(config):
+        _read_norm_once(engine.optimizer)
     return engine
+
+
+def _read_norm_once(zero: Any) -> None:
+    """Let a ZeRO optimizer read the norm of the gradient once per step: one collective, and one wait for the device.
+
+    DeepSpeed's own waits several times per parameter group: for the norm, and to see whether it is finite. It looks for
+    gradients that are not finite in a pass of its own too (ZeRO 1 and 2); their norm says the same.
+    """
+
+    def global_norm(*_: Any, **__: Any) -> torch.Tensor:
+        gradients = [x for group in zero.averaged_gradients.values() for x in group or () if x is not None]
+        norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in gradients]
+        squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=zero.device)
+        world.dist.all_reduce(squares)
+        return squares.sqrt().to("cpu", copy=True)  # what DeepSpeed asks of it then lies on the host
+
+    if hasattr(zero, "scaled_global_norm"):  # ZeRO 1 and 2
+        zero.scaled_global_norm = global_norm
+        if zero.compute_grad_norm and zero.check_grad_overflow:
+            zero.has_overflow = lambda *_, **__: False
+    else:
+        zero._get_norm_groups = lambda: [global_norm()]
 
 
 def set_working_copy(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:

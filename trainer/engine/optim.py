@@ -36,8 +36,9 @@ class AdamW(torch.optim.AdamW):
                 state = self.state[p]
                 if "ema" not in state:
                     state["ema"] = p.detach().clone()
-                step = float(state["step"])
-                state["ema"].lerp_(p, 1 - min(self.ema_decay, (1 + step) / (10 + step)))
+                # Counted on the host; `step` may lie on the device, where only the first look at it waits.
+                made = state["updates"] = state["updates"] + 1 if "updates" in state else int(state["step"])
+                state["ema"].lerp_(p, 1 - min(self.ema_decay, (1 + made) / (10 + made)))
 
 
 def build_optimizer(

@@ -1,5 +1,6 @@
 """Settings of the training loop and its optimizer."""
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -8,13 +9,20 @@ from trainer.fields import Count, CountOrZero, NonNegative, Positive, checked
 Betas = checked(
     list[float], "two values, at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
+Steps = checked(str, "FROM-TO, the first and the last step", lambda v: _in_order(re.fullmatch(r"(\d+)-(\d+)", v)))
+
+
+def _in_order(found: re.Match | None) -> bool:
+    return found is not None and 1 <= int(found[1]) <= int(found[2])
 
 
 @dataclass
 class Train:
     """The training loop and its optimizer, AdamW."""
 
-    free: ClassVar = frozenset({"micro_batch_size", "max_skipped", "save_every", "keep", "log_every", "eval_first"})
+    free: ClassVar = frozenset(
+        {"micro_batch_size", "max_skipped", "save_every", "keep", "log_every", "eval_first", "profile"}
+    )
 
     epochs: Positive = 1.0
     """Passes over the training images."""
@@ -60,3 +68,5 @@ class Train:
     """Steps between two evaluations; 0 evaluates at the end only."""
     max_skipped: Count = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    profile: Steps | None = None
+    """Steps to profile, FROM-TO, such as 20-25: a trace in the run's folder, and a table of what takes how long."""

@@ -85,10 +85,15 @@ class Tracker:
             other.log(timed)
         if line["split"] == "train" and not self.bar.disable:  # the bar itself shows steps and the time left
             speed = f"{line['images_per_second']:.0f} images/s  {line['data_wait']:.0%} waiting for data"
+            speed += f"  {line['seconds_per_step']:.3g} s/step  {line['peak_memory_gib']:.1f} GiB"
+            if "tflops" in line:
+                mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:.0%}"
+                speed += f"  {line['tflops']:.3g} TFLOP/s{mfu}"
             loss = float("nan") if line["loss"] is None else line["loss"]
             self.bar.set_postfix_str(f"loss {loss:.4g}  {speed}", refresh=False)
             return
-        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
+        known = {k: v for k, v in line.items() if not (v is None and k.startswith("mfu"))}  # a CPU has none
+        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items()]
         if line["split"] == "train":
             left = (self.bar.total - line["step"]) * self.batch_size / line["images_per_second"]
             said.append(f"left {timedelta(seconds=round(left))}")

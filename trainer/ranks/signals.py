@@ -75,9 +75,11 @@ class StopFlag:
             raise Stopped
 
     def stoppable(self, batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-        """The same batches, as many on all ranks. Before each one it raises Stopped as `raise_if_set` does."""
+        """The same batches, as many on all ranks. A batch after any was asked to stop it raises Stopped on all."""
+        on_any = OnAnyRank(device)
         for batch in batches:
-            self.raise_if_set(device)
+            if on_any(self.set)[0]:
+                raise Stopped
             yield batch
 
 
@@ -86,6 +88,44 @@ def on_any_rank(condition: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(condition), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+class OnAnyRank:
+    """`on_any_rank` for a loop: it answers the question before, so that no host waits for its device.
+
+    When the next question comes, the device has long added up the last one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._asked: tuple[Any, torch.Tensor] | None = None  # what is waited for, and where the answers will be
+
+    def __call__(self, *conditions: bool) -> tuple[bool, ...]:
+        """Ask which of `conditions` hold on any rank; a collective.
+
+        Returns:
+            The answers to the last call, as many; all False in the first one.
+        """
+        answers = (False,) * len(conditions) if self._asked is None else self._answers()
+        flags = torch.zeros(len(conditions), device=self.device)
+        for flag, condition in zip(flags, conditions, strict=True):
+            flag.fill_(float(condition))  # a tensor made of numbers would be copied to the device, and waited for
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
+        if self._copies is None:
+            self._asked = work, flags
+            return answers
+        with torch.cuda.stream(self._copies):
+            work.wait()  # this stream does, not the host
+            copied = flags.to("cpu", non_blocking=True)
+            flags.record_stream(self._copies)
+            self._asked = self._copies.record_event(), copied
+        return answers
+
+    def _answers(self) -> tuple[bool, ...]:
+        done, flags = self._asked
+        done.wait() if self._copies is None else done.synchronize()
+        return tuple(map(bool, flags.tolist()))
 
 
 def _launchers() -> list[psutil.Process]:

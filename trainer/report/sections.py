@@ -179,6 +179,8 @@ def training(run: RunRecord) -> list[Section]:
         said = [f"median {statistics.median(speeds):,.0f} images/s"] if speeds else []
         said += [f"{statistics.fmean(values):.0%} of the time waiting for {what}" for values, what in
                  ((waits["data_wait"], "images"), (waits["save_wait"], "checkpoints")) if values]  # fmt: skip
+        if shares := [v for v in (number(line, "mfu") for line in lines) if v is not None]:
+            said.append(f"MFU {statistics.median(shares):.0%}")
         if (seconds := _seconds(stage)) is not None:
             said.append(f"{timedelta(seconds=round(seconds))} from the first start to the last line")
         made.append({"title": f"Stage {stage.stage}, {stage.title}", "charts": pictures, "said": "; ".join(said)})

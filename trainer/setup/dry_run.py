@@ -1,21 +1,20 @@
 """What a stage would run, without training: parameters, groups, FLOPs, memory, steps, parent."""
 
-import copy
 import weakref
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import Settings
-from trainer.engine.engine import DeepSpeedZeroConfig, accumulation, offloads
+from trainer.engine.engine import DeepSpeedZeroConfig, accumulation, offloads, sums_in_fp32
 from trainer.ranks.world import World
 from trainer.setup.build import Job
 from trainer.setup.cache import notes
-from trainer.setup.resolution import Size, pair
+from trainer.setup.flops import shapes_of
+from trainer.setup.resolution import Size
 from trainer.stages.base import Stage
 
 GIB = 2**30
@@ -71,28 +70,13 @@ def measure(stage: Stage, image_size: Size, micro: int, dtype: torch.dtype) -> t
     backward, what the teacher and each operation hold for a while, the gradient of a weight until it is complete; also
     what gradient checkpointing makes again. Workspace inside a kernel is not seen.
     """
-    height, width = pair(image_size)
-    stage = copy.deepcopy(stage).to("meta", dtype)
-    for model in stage.beside():
-        model.to("meta", dtype)
-    for module in stage.modules():
-        module._compiled_call_impl = None  # as it would run without train.compile
-    # Fake tensors rather than those of the meta device, which knows softmax attention as N x N products only.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (stage, *stage.beside()):
-            module.to_empty(device="cpu")
+    with shapes_of(stage, image_size, micro, dtype) as (stage, batch):
         for p in stage.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_drop_gradient)
-        batch = {
-            "image": torch.empty(micro, 3, height, width, dtype=dtype),
-            "label": torch.empty(micro, dtype=torch.long),
-            "mask": torch.empty(micro, height, width, dtype=torch.uint8),
-            "key": torch.empty(micro, dtype=torch.long),
-        }
         # In turn: the counter of FLOPs keeps what gradient checkpointing would free.
         with FlopCounterMode(display=False) as counter:
-            stage.train()(batch)["loss"].backward()
+            stage(batch)["loss"].backward()
         with Taken() as taken:
             stage(batch)["loss"].backward()
     return counter.get_total_flops() / micro, taken.most
@@ -139,12 +123,12 @@ def model_state_bytes(
     width = 2 if bf16 else 4
     weights = (trained + frozen) * width / (ranks if zero == 3 else 1)
     optimizer = 0 if offload else trained * 12 / ranks
-    return weights + gradient_bytes(trained, zero, ranks, bf16) + optimizer + teacher * width
+    return weights + gradient_bytes(trained, zero, ranks, width) + optimizer + teacher * width
 
 
-def gradient_bytes(trained: int, zero: int, ranks: int, bf16: bool) -> float:
-    """Bytes per rank of complete gradients in the working precision."""
-    return trained * (2 if bf16 else 4) / (ranks if zero >= 2 else 1)
+def gradient_bytes(trained: int, zero: int, ranks: int, width: int) -> float:
+    """Bytes per rank of complete gradients, `width` of an element."""
+    return trained * width / (ranks if zero >= 2 else 1)
 
 
 def memory_bytes(
@@ -161,8 +145,10 @@ def memory_bytes(
     buffers = width * zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
     if zero.stage == 3:
         buffers += width * min(zero.max_live_parameters, trained + frozen)
-    gradients = gradient_bytes(trained, zero.stage, ranks, bf16)
+    gradients = gradient_bytes(trained, zero.stage, ranks, width)
     rest = model_state_bytes(trained, frozen, teacher, zero.stage, ranks, bf16, offload) - gradients
+    if sums_in_fp32(zero.stage, accumulate, bf16, offload):
+        gradients *= 2
     kept = gradients if accumulate > 1 or zero.stage == 3 else 0
     update = 0 if offload else 4 * trained / ranks
     return rest + buffers + max(kept + activations, gradients + update)

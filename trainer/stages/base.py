@@ -17,6 +17,7 @@ from models import LinearAttention, ViT, backbone_of, taps
 from trainer.config import Settings, UserError
 from trainer.engine.engine import DeepSpeedEngine, set_working_copy
 from trainer.engine.optim import scaled
+from trainer.engine.profile import part
 from trainer.engine.shards import WEIGHT, Shards
 from trainer.output.paths import stage_path, write_aside
 from trainer.ranks.world import dist
@@ -43,7 +44,7 @@ class ForwardOutputs:
     @functools.cached_property
     def teacher(self) -> dict[str, Tensor]:
         """What the stage reads of the teacher: `norm`, the tokens [B, N, D]; `logits` [B, C]; its `teacher_taps`."""
-        with torch.no_grad(), taps(self.stage.teacher, ["norm", *self.stage.teacher_taps]) as read:
+        with part("teacher"), torch.no_grad(), taps(self.stage.teacher, ["norm", *self.stage.teacher_taps]) as read:
             read["logits"] = self.stage.teacher(self.image)
         return read
 
@@ -172,8 +173,8 @@ class Stage(nn.Module):
         new = [p for attn in attentions if isinstance(attn, LinearAttention) for p in attn.new_parameters()]
         ids = {id(p) for p in new}
         old = [p for attn in attentions for p in attn.parameters() if id(p) not in ids]
-        for part, factor in ((new, train.lr_new), (old, train.lr_attention)):
-            groups = groups if factor == 1 else scaled(groups, part, factor)
+        for of, factor in ((new, train.lr_new), (old, train.lr_attention)):
+            groups = groups if factor == 1 else scaled(groups, of, factor)
         return groups
 
     def decay_options(self) -> dict[str, Any]:

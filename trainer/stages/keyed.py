@@ -105,7 +105,8 @@ def draw_paths(paths: dict[int, DropPath], key_B: Tensor) -> None:
     """Draw which samples keep which of the numbered paths."""
     if not paths:
         return
-    draws = torch.tensor(list(paths), device=key_B.device)[:, None] + _DROP_PATH
-    keep = 1 - torch.tensor([path.rate for path in paths.values()], device=key_B.device)[:, None]
+    numbers, rates = torch.tensor(list(paths)), torch.tensor([path.rate for path in paths.values()])
+    draws, rates = (x.to(key_B.device, non_blocking=True)[:, None] for x in (numbers + _DROP_PATH, rates))
+    keep = 1 - rates
     for path, scale in zip(paths.values(), (uniforms(key_B, draws) < keep) / keep, strict=True):
         path.scale = scale

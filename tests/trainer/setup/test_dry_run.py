@@ -82,7 +82,7 @@ def test_memory_counts_what_is_there_at_a_time() -> None:
     assert at_most(1, 5e9, 1) == pytest.approx(2 + 1.2 + 1 + 5)
     assert at_most(1, 5e9, 2) == pytest.approx(2 + 1.2 + 1 + 2 + 5)  # those of the first micro-batch
     assert at_most(1, 1e9, 1) == pytest.approx(2 + 1.2 + 1 + 2 + 0.4)  # the update, which takes a share in fp32
-    assert at_most(2, 5e9, 2) == pytest.approx(2 + 1.2 + 1 + 0.2 + 5)
+    assert at_most(2, 5e9, 2) == pytest.approx(2 + 1.2 + 1 + 0.4 + 5)  # in fp32
     assert at_most(3, 5e9, 1) == pytest.approx(0.2 + 1.2 + 1 + 0.2 + 5)
 
 

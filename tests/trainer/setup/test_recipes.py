@@ -8,6 +8,7 @@ import timm
 import torch
 
 from trainer.config import RECIPES, UserError, parse
+from trainer.engine.engine import accumulation
 from trainer.main import main
 from trainer.ranks.world import World
 from trainer.setup.build import build
@@ -36,6 +37,19 @@ def test_every_recipe_builds_dry(recipe: str, small: Path, tmp_path: Path) -> No
         name = settings.teacher.name
         assert settings.teacher.weights or "." not in name or timm.get_pretrained_cfg(name).has_weights
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_for_gpus_say_what_one_holds(recipe: str) -> None:
+    """And one, two and eight can share the batch, in micro-batches whose images pair for mixup."""
+    for stage in ("3",) if recipe == "digits_teacher" else ("1", "2", "3"):
+        settings = parse(["--config", recipe, "--stage", stage])
+        if settings.deepspeed.endswith("zero1.json"):
+            continue  # small models, on CPUs too
+        micro, size = settings.train.micro_batch_size, settings.train.batch_size
+        for ranks in (1, 2, 8):
+            assert micro is not None and size // ranks // accumulation(settings, ranks) in (micro, size // ranks)
+            assert size // ranks % 2 == 0
 
 
 def test_a_checkpoint_of_transformers_is_a_teacher(small: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import data
 import models
 from models import ViT
 from trainer.config import Settings, UserError
+from trainer.engine.profile import part
 from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage
 from trainer.stages.classes import check_same_classes, num_classes
 from trainer.stages.keyed import DropPath, Mixup, draw_paths
@@ -127,7 +128,7 @@ class Finetune(Supervised):
             loss = share * loss + (1 - share) * other
         if self.master is None:
             return {"loss": loss}
-        with torch.no_grad():
+        with part("teacher"), torch.no_grad():
             target = self.master(outputs.image).float()
         weight, temperature = self.settings.stage3.distill_weight, self.settings.stage3.distill_temperature
         distillation = distilled(logits, target, temperature)
