@@ -57,11 +57,14 @@ def compiled(function: Callable, parallel: bool) -> Callable:
     What it calls is compiled with the same flags: FFCV's own, with which views have always been drawn.
     """
     made = numba.njit(nogil=True, fastmath=True, error_model="numpy", parallel=parallel)(function)
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder() / ("parallel" if parallel else "serial"))
+    place = str(folder() / ("parallel" if parallel else "serial"))
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, place
     try:
-        made._cache = _Cache(function)
+        cache = _Cache(function)
     except (RuntimeError, OSError):  # no folder that can be written
-        pass
+        return made
     finally:
         numba.config.CACHE_DIR = before
+    if cache.cache_path.startswith(place):  # not beside the source, where numba turns next
+        made._cache = cache
     return made
