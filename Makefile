@@ -9,7 +9,8 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
 .PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
-	bench-recipes bench-foundation bench-resolution bench-scaling bench-segmentation wheel clean
+	bench-recipes bench-foundation bench-resolution bench-scaling bench-segmentation \
+	bench-start bench-loader wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +69,12 @@ bench-scaling: setup  ## Print docs/scaling.md's tables (ARGS=--check measures w
 
 bench-segmentation: setup  ## Segment the embedded canvases: linear student against softmax baseline, two seeds
 	$(PYTHON_VENV) -m benchmarks.segmentation $(ARGS)
+
+bench-start: setup  ## Measure CPU seconds from the command to the first step, part by part
+	$(PYTHON_VENV) -m benchmarks.start $(ARGS)
+
+bench-loader: setup  ## Measure images a core against torchvision's and timm's loaders (ARGS="--photos FOLDER")
+	$(PYTHON_VENV) -m benchmarks.loader $(ARGS)
 
 wheel: setup  ## Build dist/unsoftmax-*.whl, which carries models/ alone
 	rm -rf build dist

@@ -26,6 +26,14 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed import comm as dist
 
+# The engine imports DeepSpeed's Muon, three decorated functions that nobody calls here: 2 s, in which torch loads its
+# compiler to wrap them.
+_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda wrapped: wrapped)
+try:
+    import deepspeed.runtime.zero.muon.original_muon
+finally:
+    torch.compile = _compile
+
 # The tests do cover our optimizer, torch's AdamW with an average; and a machine without a GPU is no reason to warn.
 deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
