@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_driver()
             settings = parse(argv)
+            watchdog.start = settings.train.start_limit
             stage = stage_of(settings)
             if not isinstance(stage, type):  # a module with a run of its own
                 if not settings.dry_run:
@@ -94,6 +95,8 @@ def train_stage(
         job.stage.parameter_groups(), settings.train, job.stage.ema_decay, fused=on_gpu, cpu_offload=offloads(config)
     )
     schedule = build_schedule(optimizer, settings.train, job.steps)
+    if me.rank == 0:
+        job.stage.keep_frozen()
     engine = build_engine(job.stage, optimizer, config)
     match_dtypes(job.stage)
     for model in job.stage.beside():

@@ -14,7 +14,9 @@ Betas = checked(
 class Train:
     """The training loop and its optimizer, AdamW."""
 
-    free: ClassVar = frozenset({"micro_batch_size", "max_skipped", "save_every", "keep", "log_every", "eval_first"})
+    free: ClassVar = frozenset(
+        {"micro_batch_size", "max_skipped", "save_every", "keep", "log_every", "eval_first", "start_limit"}
+    )
 
     epochs: Positive = 1.0
     """Passes over the training images."""
@@ -60,3 +62,5 @@ class Train:
     """Steps between two evaluations; 0 evaluates at the end only."""
     max_skipped: Count = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    start_limit: Positive = 300.0
+    """Seconds within which all ranks must have started; more where many nodes read their programs from one disk."""
