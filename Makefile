@@ -10,7 +10,7 @@ PYTHON_VENV := $(VENV) .venv/bin/python
 
 .PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
 	bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation bench-step \
-	wheel clean
+	bench-start bench-loader wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ bench-segmentation: setup  ## Segment the embedded canvases: linear student agai
 
 bench-step: setup  ## Compare the training step with a bare DeepSpeed loop and with the teacher's forward pass (CPU or GPU)
 	$(PYTHON_VENV) -m benchmarks.step $(ARGS)
+
+bench-start: setup  ## Measure CPU seconds from the command to the first step, part by part
+	$(PYTHON_VENV) -m benchmarks.start $(ARGS)
+
+bench-loader: setup  ## Measure images a core against torchvision's and timm's loaders (ARGS="--photos FOLDER")
+	$(PYTHON_VENV) -m benchmarks.loader $(ARGS)
 
 wheel: setup  ## Build dist/unsoftmax-*.whl, which carries models/ alone
 	rm -rf build dist

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader import OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
@@ -29,7 +30,6 @@ from ffcv.traversal_order.quasi_random import generate_order_inner
 
 from benchmarks.common import ROOT, markdown
 from data import epoch_order, train_loader, windowed_order
-from data.decode import RandomViewDecoder
 from data.order import RUN_BYTES
 from data.write import write
 
@@ -170,11 +170,10 @@ def work(
             world_size=world_size,
         )  # fmt: skip
     else:
-        state = np.zeros(3, dtype=np.int64)
         order = OrderOption.QUASI_RANDOM if kind == "quasi" else OrderOption.RANDOM
         loader = FFCVLoader(
             path, batch, threads, order=order, os_cache=kind == "random", seed=0, batches_ahead=2,
-            pipelines={"image": [RandomViewDecoder((SIZE, SIZE), state), ToTensor()], "label": None},
+            pipelines={"image": [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), ToTensor()], "label": None},
         )  # fmt: skip
         if not read_around:
             loader.memory_manager.context.__enter__()
@@ -182,7 +181,7 @@ def work(
     for number in itertools.count():
         before, images, since = bytes_read(), 0, time.perf_counter()
         if kind == "windowed":  # as its own `epoch` does, without normalising, which FFCV is not asked for either
-            epoch = EpochIterator(loader._ffcv, np.concatenate(loader._share(number, 0)[0]).astype(np.uint64))
+            epoch = EpochIterator(loader._pipeline, np.concatenate(loader._shares.of(number, 0)[0]).astype(np.uint64))
         else:
             epoch = iter(loader)
         for values in epoch:

@@ -6,13 +6,16 @@ same sample gets the same view whatever the workers, the batch size, the rank, a
 """
 
 import math
+from functools import partial
 
 import numba
 import numpy as np
 
+from data.compiled import compiled
+
 Pair = tuple[float, float]
 
-# Compiled on their own, without FFCV's fastmath: reordered sums could move a crop by a pixel from build to build.
+# numba compiles them with the flags of what calls them first: of `decode`, FFCV's fastmath.
 
 
 @numba.njit(nogil=True)
@@ -30,7 +33,7 @@ def sample_key(seed, epoch, index):
     return _mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(index))
 
 
-@numba.njit(nogil=True)
+@partial(compiled, parallel=False)
 def sample_keys(seed, epoch, indices):
     """`sample_key` of each index: int64 [B] -> uint64 [B]."""
     keys = np.empty(len(indices), np.uint64)

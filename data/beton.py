@@ -7,8 +7,10 @@ compared when they are decoded, and a SHA-256 of all its tables, those checksums
 here. It lies in the last bytes of the checksum field's arguments, which FFCV leaves empty: it goes where the file goes.
 """
 
+import functools
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ WRITE_AGAIN = "write it again with python -m data.write"
 _JPEG_PIXELS = (
     1024  # more than a byte of any JPEG holds (a flat baseline one: 64); a lie would take gigabytes to decode
 )
+TICK = 100_000_000  # nanoseconds
 _DIGEST = slice(-32, None)  # where in a field's arguments the tables' SHA-256 lies
 
 
@@ -90,12 +93,33 @@ def inspect(path: str | Path) -> Info:
 
 
 def open_checked(path: str | Path) -> tuple[Info, dict[str, np.ndarray]]:
-    """`inspect`, and the columns that are there.
+    """`inspect`, and the columns that are there, which cannot be written to.
 
-    `image` and `mask` uint64 [n], where they are stored; `size` int64 [n, 2], (height, width); `label` int64 [n];
-    `checksum` and `mask_checksum` uint64 [n].
+    `image` and `mask` uint64 [n], where they are stored; `image_bytes` and `mask_bytes` uint64 [n], how long; `raw`
+    bool [n], whether an image is stored as pixels, not as JPEG; `size` int64 [n, 2], (height, width); `label` int64
+    [n]; `checksum` and `mask_checksum` uint64 [n].
+
+    A process reads and hashes a file's tables once, as long as neither it nor the JSON beside it changes.
     """
     path = expand(path)
+    stamps = _stamp(path), _stamp(side_file(path))
+    changed = max((stamp[-1] for stamp in stamps if stamp), default=0)
+    # A change within a tick of the clock that stamps files would not be seen.
+    open_it = _open if time.time_ns() - changed > TICK else _open.__wrapped__
+    return open_it(path, *stamps)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file, so that what was read of it no longer holds; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=8)  # a job's training and validation files, and a probe's
+def _open(path: Path, stamp: object, side_stamp: object) -> tuple[Info, dict[str, np.ndarray]]:
     if path.is_dir():
         name = path.name or "train"
         mend = f"write it as one with python -m data.write {path} {name}.beton and give {name}.beton"
@@ -194,10 +218,13 @@ def _check_tables(path: Path, reader: Reader, size: int, side: dict | None, dama
         for name, kind in kinds.items()
         if isinstance(reader.handlers.get(name), IntField) and (digest or name == "label")
     }
-    read["image"] = np.ascontiguousarray(image["data_ptr"])
+    read["image"], read["image_bytes"] = np.ascontiguousarray(image["data_ptr"]), image_sizes
+    read["raw"] = np.ascontiguousarray(raw)
     read["size"] = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
     if stored_mask is not None:
-        read["mask"] = np.ascontiguousarray(stored_mask["ptr"])
+        read["mask"], read["mask_bytes"] = (np.ascontiguousarray(stored_mask[name]) for name in ("ptr", "size"))
+    for column in read.values():
+        column.flags.writeable = False  # shared by all that open the file
     labels = read.get("label")
     info = Info(
         path=path,

@@ -56,11 +56,7 @@ def checksum(data: np.ndarray) -> int:
 
 @numba.njit(nogil=True)
 def checksum_at(address, size):
-    """XXH64 of `size` bytes at an address: uint64. Callable from other compiled code, in many threads at once.
-
-    It takes no array: FFCV makes numba's own type of byte arrays read-only in place, so that what was compiled for that
-    type before is not found again, and numba's table of it is corrupted.
-    """
+    """XXH64 of `size` bytes at an address: uint64. Callable from other compiled code, in many threads at once."""
     at, end = np.intp(address), np.intp(address) + np.intp(size)
     if size >= 32:
         a, b, c, d = _1 + _2, _2, np.uint64(0), np.uint64(0) - _1

@@ -1,273 +1,232 @@
-"""FFCV decoders: a stored image, and the mask beside it, -> a view of both.
+"""A stored image, and the mask beside it, -> a view of both, in compiled code.
 
-Image and mask go through one decoder, so that they have the same crop, size and flip. For each sample it writes the
-view's RGB pixels. Where masks are asked for, the mask's labels follow them.
+Image and mask go through one function, so that they have the same crop, size and flip. For each sample it writes the
+view's RGB pixels. Where masks are asked for, the mask's labels follow them. JPEGs are decoded, and crops are shrunk, by
+FFCV's C++. The compiled code depends on the kind of view alone, not on its numbers nor on the file: it is kept.
 """
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import replace
+from typing import NamedTuple
 
+import llvmlite.binding
 import numba
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.state import State
+from ffcv.libffcv import lib
+from numba import types
 
-from data.augment import Pair, centre_view, distort, enlarge, masked_view, mirror, nearest, random_view
+from data.augment import centre_view, distort, enlarge, masked_view, mirror, nearest, random_view
 from data.checksum import checksum_at
+from data.compiled import compiled
 from data.runs import read_runs
 
 IGNORE = 255  # the label of pixels that are not labelled
 
+for _name in ("imdecode", "resize"):  # by name, not by address, so that the compiled code can be kept
+    llvmlite.binding.add_symbol(f"ffcv_{_name}", ctypes.cast(getattr(lib, _name), ctypes.c_void_p).value)
+# (source, bytes, height, width, destination, crop height, crop width, offsets x, y, scale, whether to crop, to flip)
+_imdecode = types.ExternalFunction(
+    "ffcv_imdecode",
+    types.int32(types.intp, types.uint64, types.uint32, types.uint32, types.intp, *[types.uint32] * 8),
+)
+# (0, source, its height and width, the crop's rows and columns, destination, its height and width)
+_resize = types.ExternalFunction("ffcv_resize", types.int32(*[types.int64] * 11))
 
-@numba.extending.intrinsic
-def address_as_void_pointer(typingctx, address):
-    """An integer as void*, for `numba.carray`."""
-    from numba.core import cgutils, types
 
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
+class Samples(NamedTuple):
+    """The columns of a file that decoding reads, as `beton.open_checked` gives them; empty where a file has none."""
 
-    return types.voidptr(types.uintp), codegen
+    image: np.ndarray  # uint64 [n], where it begins in the file
+    image_bytes: np.ndarray  # uint64 [n]
+    raw: np.ndarray  # bool [n], whether it is stored as pixels, not as JPEG
+    size: np.ndarray  # int64 [n, 2], (height, width)
+    checksum: np.ndarray  # uint64 [n]
+    mask: np.ndarray  # as of images
+    mask_bytes: np.ndarray
+    mask_checksum: np.ndarray
 
 
-class Decoder(SimpleRGBImageDecoder):
-    """Decodes samples and has subclasses draw them: into uint8 [B, bytes], a sample's RGB pixels, then its labels.
+# Plain numbers alone: numba's parallel loops take no tuples in tuples.
+class RandomCrop(NamedTuple):
+    """`augment.random_view` of each image, resized to `rows` x `columns`."""
+
+    rows: int
+    columns: int
+    least_scale: float
+    most_scale: float
+    least_ratio: float
+    most_ratio: float
+    hflip: float
+
+
+class CentreCrop(NamedTuple):
+    """`augment.centre_view` of each image, resized to `rows` x `columns`: the same in every epoch."""
+
+    rows: int
+    columns: int
+    crop_pct: float
+
+
+class MaskedCrop(NamedTuple):
+    """`augment.masked_view` of each image and its mask.
+
+    Attributes:
+        photometric: whether the image's colours change, see `augment.distort`.
+        red, green, blue: the image's colour where there is none; the mask has `IGNORE` there.
+    """
+
+    rows: int
+    columns: int
+    least_resize: float
+    most_resize: float
+    hflip: float
+    max_share: float
+    photometric: bool
+    red: int
+    green: int
+    blue: int
+
+
+class Whole(NamedTuple):
+    """Each image and its mask as they are stored."""
+
+    pixels: int  # of the largest
+
+
+Drawn = RandomCrop | CentreCrop | MaskedCrop | Whole
+
+
+def draw(view, seed, epoch, index, image, mask, out):
+    """Writes a view of image [H, W, 3] and mask [H, W] (or [0, 0]) into out, uint8 [bytes]. For compiled code."""
+    raise NotImplementedError
+
+
+@numba.njit(nogil=True)
+def _resize_into(image, top, left, h, w, out):
+    """Resizes a crop into uint8 out [H', W', 3]."""
+    # FFCV's resize averages areas: right for shrinking, but blocky like nearest neighbour for enlarging.
+    if h * w < out.shape[0] * out.shape[1]:
+        enlarge(image, top, left, h, w, out)
+    else:
+        _resize(
+            0, image.ctypes.data, image.shape[0], image.shape[1], top, top + h, left, left + w,
+            out.ctypes.data, out.shape[0], out.shape[1],
+        )  # fmt: skip
+
+
+@numba.njit(nogil=True)
+def _draw_crop(image, view, crop, out):
+    top, left, h, w, flip = crop
+    seen = out[: 3 * view.rows * view.columns].reshape(view.rows, view.columns, 3)
+    _resize_into(image, top, left, h, w, seen)
+    if flip:
+        mirror(seen)
+
+
+def _draw_random(view, seed, epoch, index, image, mask, out):
+    scale, ratio = (view.least_scale, view.most_scale), (view.least_ratio, view.most_ratio)
+    crop = random_view(seed, epoch, index, image.shape[0], image.shape[1], scale, ratio, view.hflip)
+    _draw_crop(image, view, crop, out)
+
+
+def _draw_centre(view, seed, epoch, index, image, mask, out):
+    _draw_crop(image, view, centre_view(image.shape[0], image.shape[1], view.columns / view.rows, view.crop_pct), out)
+
+
+def _draw_masked(view, seed, epoch, index, image, mask, out):
+    pixels = view.rows * view.columns
+    seen = out[: 3 * pixels].reshape(view.rows, view.columns, 3)
+    labels = out[3 * pixels : 4 * pixels].reshape(view.rows, view.columns, 1)
+    size, resize = (view.rows, view.columns), (view.least_resize, view.most_resize)
+    top, left, h, w, flip, filled, across = masked_view(
+        seed, epoch, index, mask, size, resize, view.hflip, view.max_share
+    )
+    part = np.empty((filled, across, 3), np.uint8)
+    _resize_into(image, top, left, h, w, part)
+    if view.photometric:
+        distort(part, seed, epoch, index)
+    seen[:, :, 0], seen[:, :, 1], seen[:, :, 2] = view.red, view.green, view.blue
+    labels[:] = IGNORE
+    seen[:filled, :across] = part
+    nearest(mask, top, left, h, w, labels[:filled, :across])
+    if flip:
+        mirror(seen)
+        mirror(labels)
+
+
+def _draw_whole(view, seed, epoch, index, image, mask, out):
+    height, width = mask.shape
+    out[: 3 * height * width].reshape(height, width, 3)[:] = image
+    out[3 * height * width : 4 * height * width].reshape(height, width)[:] = mask
+
+
+_DRAW = {RandomCrop: _draw_random, CentreCrop: _draw_centre, MaskedCrop: _draw_masked, Whole: _draw_whole}
+
+
+@numba.extending.overload(draw, jit_options={"nogil": True})
+def _draw_of(view, seed, epoch, index, image, mask, out):
+    return _DRAW[view.instance_class]
+
+
+def is_masked(view: Drawn) -> bool:
+    """Whether masks are decoded too."""
+    return isinstance(view, MaskedCrop | Whole)
+
+
+def bytes_of(view: Drawn) -> int:
+    """Room for a sample, its mask included."""
+    return 4 * view.pixels if isinstance(view, Whole) else (3 + is_masked(view)) * view.rows * view.columns
+
+
+def _decode(indices, out, file, samples, masked, state, view):
+    seed, epoch = state[0], state[1]
+    for slot in numba.prange(len(indices)):
+        # In prange's loops numba takes `slot` for unsigned, and unsigned times signed for a float.
+        index = np.intp(indices[slot])
+        begin = np.intp(samples.image[index])
+        stored = file[begin : begin + np.intp(samples.image_bytes[index])]
+        if len(samples.checksum) > 0 and checksum_at(stored.ctypes.data, stored.size) != samples.checksum[index]:
+            state[2] = index + 1
+            continue  # a decoder is not to be trusted with it
+        height, width = samples.size[index, 0], samples.size[index, 1]
+        if samples.raw[index]:
+            image = stored.reshape(height, width, 3)
+        else:
+            pixels = np.empty((height, width, 3), dtype=np.uint8)
+            whole = _imdecode(
+                stored.ctypes.data, stored.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
+            )
+            if whole != 0:
+                state[2] = index + 1
+            image = pixels
+        if masked:
+            mask = np.empty((height, width), dtype=np.uint8)
+            begin = np.intp(samples.mask[index])
+            runs = file[begin : begin + np.intp(samples.mask_bytes[index])]
+            known = len(samples.mask_checksum) == 0 or (
+                checksum_at(runs.ctypes.data, runs.size) == samples.mask_checksum[index]
+            )
+            if not known or not read_runs(runs.ctypes.data, runs.size, mask):
+                state[2] = -index - 1
+                continue
+        else:
+            mask = np.empty((0, 0), dtype=np.uint8)
+        draw(view, seed, epoch, index, image, mask, out[np.intp(slot)])
+
+
+_one_thread, _many_threads = compiled(_decode, parallel=False), compiled(_decode, parallel=True)
+
+
+def decoder(samples: Samples, state: np.ndarray, view: Drawn, workers: int) -> Callable:
+    """A function (indices uint64 [B], out uint8 [B, bytes], file uint8 [bytes]) that writes the views of samples.
 
     Args:
         state: int64 [3], (seed, epoch, what was found damaged: 1 + the index of an image, -1 - that of a mask, or 0).
-            The compiled code reads it through its address at every batch, so a new epoch needs no new compilation.
-            The caller keeps it alive.
-
-    Attributes:
-        masked: whether masks are decoded.
-        columns: those of `beton.open_checked`; set before compilation. Without checksums nothing is compared.
+        workers: threads of numba's that it may use.
     """
+    decode, masked = _one_thread if workers == 1 else _many_threads, is_masked(view)
 
-    masked = False
+    def views(indices: np.ndarray, out: np.ndarray, file: np.ndarray) -> None:
+        decode(indices, out, file, samples, masked, state, view)
 
-    def __init__(self, state: np.ndarray):
-        super().__init__()
-        self.state = state
-        self.columns: dict[str, np.ndarray] = {}
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a sample's view, pixels."""
-        raise NotImplementedError
-
-    def bytes(self) -> int:
-        """Room for a sample."""
-        raise NotImplementedError
-
-    def draw(self) -> Callable:
-        """A jitted (seed, epoch, index, image [H, W, 3], mask [H, W] or [0, 0], address), which fills the address."""
-        raise NotImplementedError
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape, dtype = (self.bytes(),), np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
-
-    def generate_code(self) -> Callable:
-        address, masked, draw = self.state.ctypes.data, self.masked, self.draw()
-        jpg, mem_read, my_range = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator()
-        imdecode_c = Compiler.compile(imdecode)
-        self._read = [self.columns.get(name, np.zeros(0, np.uint64)) for name in ("checksum", "mask_checksum", "mask")]
-        (known_at, mask_known_at, masks_at), (known, mask_known, masks) = zip(
-            *((column.ctypes.data, len(column)) for column in self._read), strict=True
-        )
-
-        def decode(batch_indices, destination, metadata, storage_state):
-            state = numba.carray(address_as_void_pointer(address), 3, dtype=np.int64)
-            checksums = numba.carray(address_as_void_pointer(known_at), known, dtype=np.uint64)
-            mask_checksums = numba.carray(address_as_void_pointer(mask_known_at), mask_known, dtype=np.uint64)
-            mask_pointers = numba.carray(address_as_void_pointer(masks_at), masks, dtype=np.uint64)
-            seed, epoch = state[0], state[1]
-            for slot in my_range(len(batch_indices)):
-                index = batch_indices[slot]
-                field = metadata[index]
-                stored = mem_read(field["data_ptr"], storage_state)
-                if known > 0 and checksum_at(stored.ctypes.data, stored.size) != checksums[index]:
-                    state[2] = np.int64(index) + 1
-                    continue  # a decoder is not to be trusted with it
-                height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                if field["mode"] == jpg:
-                    image = np.empty((height, width, 3), dtype=np.uint8)
-                    if imdecode_c(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                        state[2] = np.int64(index) + 1
-                else:
-                    image = stored.reshape(height, width, 3)
-                if masked:
-                    mask = np.empty((height, width), dtype=np.uint8)
-                    runs = mem_read(mask_pointers[index], storage_state)
-                    whole = mask_known == 0 or checksum_at(runs.ctypes.data, runs.size) == mask_checksums[index]
-                    if not whole or not read_runs(runs.ctypes.data, runs.size, mask):
-                        state[2] = -np.int64(index) - 1
-                        continue
-                else:
-                    mask = np.empty((0, 0), dtype=np.uint8)
-                # In prange's loops numba takes `slot` for unsigned, and unsigned times signed for a float.
-                draw(seed, epoch, index, image, mask, destination.ctypes.data + np.intp(slot) * destination.shape[1])
-            return destination[: len(batch_indices)]
-
-        decode.is_parallel = True
-        return decode
-
-
-class _ViewDecoder(Decoder):
-    """A part of each image without its mask, resized to `output_size`, (height, width), pixels."""
-
-    def __init__(self, output_size: tuple[int, int], state: np.ndarray):
-        super().__init__(state)
-        self.output_size = output_size
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.output_size
-
-    def bytes(self) -> int:
-        return (3 + self.masked) * self.output_size[0] * self.output_size[1]
-
-    def view(self) -> Callable:
-        """A jitted (seed, epoch, index, height, width) -> (top, left, height, width, flip)."""
-        raise NotImplementedError
-
-    def draw(self) -> Callable:
-        size, view, resize_into = (*self.output_size, 3), self.view(), _resize_into()
-
-        @numba.njit(nogil=True)
-        def draw(seed, epoch, index, image, mask, address):
-            out = numba.carray(address_as_void_pointer(address), size, dtype=np.uint8)
-            top, left, h, w, flip = view(seed, epoch, index, image.shape[0], image.shape[1])
-            resize_into(image, top, left, h, w, out)
-            if flip:
-                mirror(out)
-
-        return draw
-
-
-class RandomViewDecoder(_ViewDecoder):
-    """`random_view` of each image, resized to `output_size`."""
-
-    def __init__(
-        self, output_size: tuple[int, int], state: np.ndarray, scale: Pair = (0.08, 1.0), ratio: Pair = (3 / 4, 4 / 3),
-        hflip: float = 0.5,
-    ):  # fmt: skip
-        super().__init__(output_size, state)
-        self.scale, self.ratio, self.hflip = tuple(map(float, scale)), tuple(map(float, ratio)), float(hflip)
-
-    def view(self) -> Callable:
-        scale, ratio, hflip = self.scale, self.ratio, self.hflip
-
-        @numba.njit(nogil=True)
-        def view(seed, epoch, index, height, width):
-            return random_view(seed, epoch, index, height, width, scale, ratio, hflip)
-
-        return view
-
-
-class CentreViewDecoder(_ViewDecoder):
-    """`centre_view` of each image, resized to `output_size`: the same in every epoch."""
-
-    def __init__(self, output_size: tuple[int, int], state: np.ndarray, crop_pct: float = 1.0):
-        super().__init__(output_size, state)
-        self.crop_pct = float(crop_pct)
-
-    def view(self) -> Callable:
-        aspect, crop_pct = self.output_size[1] / self.output_size[0], self.crop_pct
-
-        @numba.njit(nogil=True)
-        def view(seed, epoch, index, height, width):
-            return centre_view(height, width, aspect, crop_pct)
-
-        return view
-
-
-class MaskedViewDecoder(_ViewDecoder):
-    """`masked_view` of each image and its mask.
-
-    Args:
-        resize, hflip, max_share: see `augment.masked_view`.
-        photometric: whether the image's colours change, see `augment.distort`.
-        padding: the image's colour (R, G, B) where there is none; the mask has `IGNORE` there.
-        Others: see `Decoder`.
-    """
-
-    masked = True
-
-    def __init__(
-        self, output_size: tuple[int, int], state: np.ndarray, resize: Pair, hflip: float, max_share: float,
-        photometric: bool, padding: tuple[int, int, int],
-    ):  # fmt: skip
-        super().__init__(output_size, state)
-        self.resize, self.hflip, self.max_share = tuple(map(float, resize)), float(hflip), float(max_share)
-        self.photometric, self.padding = photometric, padding
-
-    def draw(self) -> Callable:
-        (rows, columns), resize, hflip, max_share = self.output_size, self.resize, self.hflip, self.max_share
-        photometric, padding, resize_into = self.photometric, self.padding, _resize_into()
-
-        @numba.njit(nogil=True)
-        def draw(seed, epoch, index, image, mask, address):
-            seen = numba.carray(address_as_void_pointer(address), (rows, columns, 3), dtype=np.uint8)
-            labels = numba.carray(
-                address_as_void_pointer(address + 3 * rows * columns), (rows, columns, 1), dtype=np.uint8
-            )
-            top, left, h, w, flip, filled, across = masked_view(
-                seed, epoch, index, mask, (rows, columns), resize, hflip, max_share
-            )
-            part = np.empty((filled, across, 3), np.uint8)
-            resize_into(image, top, left, h, w, part)
-            if photometric:
-                distort(part, seed, epoch, index)
-            for c in range(3):
-                seen[:, :, c] = padding[c]
-            labels[:] = IGNORE
-            seen[:filled, :across] = part
-            nearest(mask, top, left, h, w, labels[:filled, :across])
-            if flip:
-                mirror(seen)
-                mirror(labels)
-
-        return draw
-
-
-class StoredDecoder(Decoder):
-    """Each image and its mask as they are stored."""
-
-    masked = True
-
-    def size(self, index: int) -> tuple[int, int]:
-        height, width = self.columns["size"][index].tolist()
-        return height, width
-
-    def bytes(self) -> int:
-        return 4 * int(self.columns["size"].prod(axis=1).max())
-
-    def draw(self) -> Callable:
-        @numba.njit(nogil=True)
-        def draw(seed, epoch, index, image, mask, address):
-            height, width = mask.shape
-            seen = numba.carray(address_as_void_pointer(address), (height, width, 3), dtype=np.uint8)
-            labels = numba.carray(
-                address_as_void_pointer(address + 3 * height * width), (height, width), dtype=np.uint8
-            )
-            seen[:] = image
-            labels[:] = mask
-
-        return draw
-
-
-def _resize_into() -> Callable:
-    """A jitted (image, top, left, height, width, out): resizes a crop into uint8 out [H', W', 3]."""
-    resize_crop_c = Compiler.compile(resize_crop)
-
-    @numba.njit(nogil=True)
-    def resize_into(image, top, left, h, w, out):
-        # FFCV's resize averages areas: right for shrinking, but blocky like nearest neighbour for enlarging.
-        if h * w < out.shape[0] * out.shape[1]:
-            enlarge(image, top, left, h, w, out)
-        else:
-            resize_crop_c(image, top, top + h, left, left + w, out)
-
-    return resize_into
+    return views

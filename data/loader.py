@@ -8,9 +8,7 @@ and its mask as they are stored. The first two give every image of a batch the s
 """
 
 import contextlib
-import functools
 import math
-import os
 import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,16 +17,17 @@ from typing import TypedDict, Unpack
 import numba
 import numpy as np
 import torch
-from ffcv.loader import Loader as FFCVLoader
 from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.transforms import ToTensor
 
+from data import cores
 from data.augment import Pair, sample_keys
 from data.beton import WRITE_AGAIN, DamagedError, open_checked
+from data.decode import Samples, bytes_of, decoder
 from data.order import MAX_AHEAD, RUN_BYTES, WINDOW, Order
+from data.pipeline import FileMap, Pipeline
 from data.read_ahead import RunReader
 from data.resolve import resolve
-from data.shares import BySize, InOrder, Shuffled
+from data.shares import BySize, InOrder, Shares, Shuffled
 from data.views import CentreView, ImageSize, MaskedView, RandomView, StoredView, View
 
 __all__ = ["Batch", "Common", "Loader", "eval_loader", "original_loader", "resolve", "train_loader"]
@@ -164,7 +163,7 @@ def original_loader(path: str | Path, *, batch_size: int, **common: Unpack[Commo
 class Loader:
     """Batches of a .beton file, one epoch at a time.
 
-    Building compiles the decoder, which takes seconds: build it once and call `epoch` for each pass.
+    The first batch of a kind of view compiles the decoder, which takes seconds, unless an earlier process has done so.
 
     Args:
         path: a .beton file.
@@ -211,12 +210,10 @@ class Loader:
             raise ValueError(f"rank {rank}: must be in 0..{world_size - 1}")
         check_normalisation(mean, std)
         self.info, columns = open_checked(path)
-        # (seed, epoch, what was found damaged), read by the compiled decoder: it must live as long as that.
-        self._state = np.array([seed or 0, 0, 0], dtype=np.int64)
-        self._decoder = decoder = view.decoder(self._state, mean)
-        if decoder.masked and not self.info.has_masks:
+        self._masked = isinstance(view, MaskedView | StoredView)
+        if self._masked and not self.info.has_masks:
             raise ValueError(f"{path}: has no masks; write it with python -m data.write --task segmentation")
-        decoder.columns = columns
+        self._sizes = columns["size"] if isinstance(view, StoredView) else None
         chosen = _chosen(indices, self.info.num_samples)
         self.num_samples = len(chosen)
         self.classes = self.info.classes
@@ -231,24 +228,24 @@ class Loader:
         self._dtype, self._train = dtype, seed is not None
         self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
         self._std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
-        pipelines = dict.fromkeys(self.info.fields)  # None: not decoded
-        pipelines["image"] = [decoder, ToTensor()]
-        self._ffcv = FFCVLoader(
-            str(self.info.path),
-            micro_batch_size,
-            num_workers=_workers(workers),
-            os_cache=True,
-            pipelines=pipelines,
-            batches_ahead=2,
-            seed=0,  # unused, but FFCV would draw one from numpy's global generator
-        )
-        runs = None
+        drawn = view.drawn(mean, columns["size"])
+        self._size = None if self._sizes is not None else (drawn.rows, drawn.columns)
+        # (seed, epoch, what was found damaged), read by the compiled decoder at every batch.
+        self._state = np.array([seed or 0, 0, 0], dtype=np.int64)
+        absent = np.zeros(0, np.uint64)
+        absent.flags.writeable = False  # of the type that the columns have
+        samples = Samples(*(columns.get(name, absent) for name in Samples._fields))
+        threads = _workers(workers)
+        runs, memory = None, FileMap(self.info.path)
         if window is not None:
             # A mask lies behind its image: the page that holds the one holds both.
-            pointers = [columns[name] for name in ("image", "mask") if name in columns][: 1 + decoder.masked]
+            regions = [(columns[name], columns[f"{name}_bytes"]) for name in ("image", "mask")[: 1 + self._masked]]
             ahead = max(4, min(MAX_AHEAD, window // 4) // world_size)
-            self._ffcv.memory_manager = RunReader(self._ffcv.memory_manager, pointers, ahead)
-            runs = self._ffcv.memory_manager.runs[chosen]
+            memory = RunReader(self.info.path, regions, ahead)
+            runs = memory.runs[chosen]
+        self._pipeline = Pipeline(
+            decoder(samples, self._state, drawn, threads), bytes_of(drawn), micro_batch_size, threads, memory
+        )
         where = {"chosen": chosen, "micro_batch_size": micro_batch_size, "rank": rank, "world_size": world_size}
         if seed is not None:
             share = Shuffled(**where, accumulate=accumulate, seed=seed, runs=runs, window=window or 0)
@@ -259,9 +256,7 @@ class Loader:
             share = BySize(**where, sizes=columns["size"])
         else:
             share = InOrder(**where)
-        self._share, self.steps_per_epoch = share.of, share.steps
-        # FFCV allocates its buffers (page-locked, with a GPU) anew for each epoch; one runs at a time, so once will do.
-        self._ffcv.graph.allocate_memory = functools.lru_cache(maxsize=1)(self._ffcv.graph.allocate_memory)
+        self._shares, self.steps_per_epoch = Shares(share), share.steps
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None  # of the last batch
         self._running: EpochIterator | None = None
@@ -280,7 +275,7 @@ class Loader:
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"start {start}: must be in 0..{self.steps_per_epoch}, the epoch's global batches")
-        return self._batches(epoch, *self._share(epoch, start))
+        return self._batches(epoch, *self._shares.of(epoch, start))
 
     def __len__(self) -> int:
         """Batches this rank yields in an epoch."""
@@ -305,9 +300,10 @@ class Loader:
         if not order:
             return
         self._state[1:] = epoch, 0
-        running = self._running = EpochIterator(self._ffcv, _Cuts(order, self.micro_batch_size))
+        running = self._running = EpochIterator(self._pipeline, _Cuts(order, self.micro_batch_size))
         try:
             for indices, counts in zip(order, valid, strict=True):
+                size = self._size or tuple(self._sizes[indices[0]].tolist())
                 views = self._next(running)
                 if damaged := self._state[2].item():
                     which = f"image {damaged - 1}" if damaged > 0 else f"the mask of image {-damaged - 1}"
@@ -316,10 +312,11 @@ class Loader:
                 if self._labels is not None:
                     columns["label"] = self._labels[indices]
                 if self._train:
+                    self._shares.prepare(epoch + 1)
                     columns["key"] = sample_keys(self._state[0], epoch, indices).view(np.int64)
                 else:
                     columns["valid"] = counts
-                yield self._to_device(views, self._decoder.size(indices[0]), columns)
+                yield self._to_device(views, size, columns)
         finally:
             if self._running is running:
                 self.close()
@@ -344,7 +341,7 @@ class Loader:
         On a GPU it is copied on a stream of its own while training goes on. Only the GPU waits for it.
         """
         height, width = size
-        pixels, masked = height * width, self._decoder.masked
+        pixels, masked = height * width, self._masked
         parts = [views[:, : (3 + masked) * pixels], torch.from_numpy(np.stack([*columns.values()]).astype(np.int64))]
         if self._copies is not None:
             with torch.cuda.stream(self._copies):
@@ -413,7 +410,7 @@ def _chosen(indices: np.ndarray | None, num_samples: int) -> np.ndarray:
 def _workers(workers: int | None) -> int:
     """Decoding threads: as asked, or this process's share of the cores; never more than numba was started with."""
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = cores.own()
     elif workers < 1:
         raise ValueError(f"workers {workers}: must be at least 1")
     return max(1, min(workers, numba.config.NUMBA_NUM_THREADS))

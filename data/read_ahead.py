@@ -11,53 +11,53 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 
 from data.order import RUN_BYTES
+from data.pipeline import FileMap
 
 THREADS = 4
 PIECE = 1 << 20  # bytes of one read
 
 
 class RunReader:
-    """Stands in for FFCV's memory manager once a loader is built.
+    """Stands in for a `FileMap`.
 
     Attributes:
         runs: int64 [num_samples], the run that each sample lies in.
         begin, end: int64 [runs], the bytes of the file that hold the samples of each run.
     """
 
-    def __init__(self, manager: OSCacheManager, pointers: list[np.ndarray], ahead: int):
+    def __init__(self, path: Path, regions: list[tuple[np.ndarray, np.ndarray]], ahead: int):
         """What an epoch's reading needs.
 
         Args:
-            manager: FFCV's.
-            pointers: uint64 [num_samples] each, where what is decoded of each sample begins in the file: images, masks.
+            path: the file.
+            regions: uint64 [num_samples] each, where what is decoded of each sample begins in the file, and its bytes:
+                of images, of masks.
             ahead: runs that are read before they are needed.
         """
-        self.manager, self.ahead = manager, ahead
-        self.runs = pointers[0].astype(np.int64) // RUN_BYTES
+        self.path, self.ahead = path, ahead
+        self.runs = regions[0][0].astype(np.int64) // RUN_BYTES
         self.begin = np.full(self.runs.max() + 1, np.iinfo(np.int64).max)
         self.end = np.zeros(len(self.begin), np.int64)
-        for begin in pointers:
-            sizes = manager.sizes[np.searchsorted(manager.ptrs, begin)].astype(np.int64)
+        for begin, sizes in regions:
             np.minimum.at(self.begin, self.runs, begin.astype(np.int64))
-            np.maximum.at(self.end, self.runs, begin.astype(np.int64) + sizes)
+            np.maximum.at(self.end, self.runs, (begin + sizes).astype(np.int64))
 
     def schedule_epoch(self, batches: list[np.ndarray]) -> "ReadAhead":
         """Called by FFCV at an epoch's start, with each batch's sample indices."""
         return ReadAhead(self, batches)
 
 
-class ReadAhead(OSCacheContext):
+class ReadAhead(FileMap):
     """One epoch's reading. FFCV enters it, announces each batch before it decodes it, and leaves it, maybe twice."""
 
     def __init__(self, reader: RunReader, batches: list[np.ndarray]):
-        super().__init__(reader.manager)
+        super().__init__(reader.path)
         self._begin, self._end, self._ahead = reader.begin, reader.end, reader.ahead
-        self._path = reader.manager.reader.file_name
         runs = reader.runs[np.concatenate(batches).astype(np.int64)]
         batch = np.repeat(np.arange(len(batches)), [len(indices) for indices in batches])
         used, first = np.unique(runs, return_index=True)
@@ -69,12 +69,12 @@ class ReadAhead(OSCacheContext):
         self._lock, self._ended = threading.Lock(), False
 
     def __enter__(self) -> "ReadAhead":
-        self._file = os.open(self._path, os.O_RDONLY)
+        self._file = os.open(self.path, os.O_RDONLY)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads what is asked for and no further
         self._map = mmap.mmap(self._file, 0, prot=mmap.PROT_READ)
         # Should memory be short, a fault reads a page of memory, not what lies around it and pushes out more.
         self._map.madvise(mmap.MADV_RANDOM)
-        self.mmap = np.frombuffer(self._map, np.uint8)  # what FFCV's decoders read
+        self.state = np.frombuffer(self._map, np.uint8)  # what the decoder reads
         self._pool = ThreadPoolExecutor(THREADS, "read-ahead")
         return self
 
@@ -114,7 +114,7 @@ class ReadAhead(OSCacheContext):
         while at < end:
             got = len(os.pread(self._file, min(PIECE, end - at), at))
             if got == 0:
-                raise OSError(f"{self._path}: became shorter while it was read")
+                raise OSError(f"{self.path}: became shorter while it was read")
             at += got
 
     def _drop(self, run: int) -> None:

@@ -45,7 +45,14 @@ class Digits:
         if split not in COUNTS:
             raise ValueError(f"digits: has no split {split!r}, only {' and '.join(COUNTS)}")
         self.split = split
-        self._glyphs, self._labels = _glyphs(split)
+
+    @property
+    def _glyphs(self) -> np.ndarray:
+        return _glyphs(self.split)[0]
+
+    @property
+    def _labels(self) -> np.ndarray:
+        return _glyphs(self.split)[1]
 
     def __len__(self) -> int:
         return COUNTS[self.split]

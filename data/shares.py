@@ -5,6 +5,7 @@ samples count, bool [B]. All ranks get the same number of batches.
 """
 
 from dataclasses import dataclass, field
+from threading import Thread
 
 import numpy as np
 
@@ -117,6 +118,31 @@ class BySize:
         batches = [self.batches[at] for at in np.minimum(dealt, len(self.batches) - 1)]
         counts = dealt < len(self.batches)
         return batches, [np.full(len(batch), here) for batch, here in zip(batches, counts, strict=True)]
+
+
+class Shares:
+    """Those of a rank, of which the next epoch's is built in a thread of its own: of 14 million images it takes 8 s."""
+
+    def __init__(self, kind: Shuffled | InOrder | BySize):
+        self.kind = kind
+        self._next: tuple[int, Thread, list[Share]] | None = None
+
+    def of(self, epoch: int, start: int) -> Share:
+        """This rank's share of an epoch, from global batch `start` on: prepared, or built now, which is the same."""
+        if self._next is None or self._next[0] != epoch or start != 0:
+            return self.kind.of(epoch, start)
+        (_, thread, made), self._next = self._next, None
+        thread.join()
+        return made[0] if made else self.kind.of(epoch, start)
+
+    def prepare(self, epoch: int) -> None:
+        """Begin to build the share of an epoch, unless that has begun."""
+        if self._next is not None and self._next[0] == epoch:
+            return
+        made: list[Share] = []
+        thread = Thread(target=lambda: made.append(self.kind.of(epoch, 0)), name="next order", daemon=True)
+        self._next = epoch, thread, made
+        thread.start()
 
 
 def cut(values: np.ndarray, size: int) -> list[np.ndarray]:

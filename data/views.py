@@ -1,4 +1,4 @@
-"""What a loader shows of each image: four descriptions of a view, each with its checks and its decoder.
+"""What a loader shows of each image: four descriptions of a view, each with its checks.
 
 `RandomView` is for training on images, `MaskedView` for training on images with masks, `CentreView` for evaluation, and
 `StoredView` for evaluation of masks at the images' own size.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.augment import Pair
-from data.decode import CentreViewDecoder, Decoder, MaskedViewDecoder, RandomViewDecoder, StoredDecoder
+from data.decode import CentreCrop, MaskedCrop, RandomCrop, Whole
 
 ImageSize = int | tuple[int, int]  # a side, or (height, width), pixels
 
@@ -35,14 +35,14 @@ class RandomView:
         _check_pair("ratio", self.ratio)
         _check_hflip(self.hflip)
 
-    def decoder(self, state: np.ndarray, mean: Sequence[float]) -> Decoder:
-        """The decoder that draws this view.
+    def drawn(self, mean: Sequence[float], sizes: np.ndarray) -> RandomCrop:
+        """What the compiled code reads of this view.
 
         Args:
-            state: see `Decoder`.
             mean: colour (R, G, B) that becomes 0 when it is normalised, in 0..1.
+            sizes: int64 [n, 2], (height, width) of the stored images.
         """
-        return RandomViewDecoder(sides(self.image_size), state, self.scale, self.ratio, self.hflip)
+        return RandomCrop(*sides(self.image_size), *map(float, (*self.scale, *self.ratio, self.hflip)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,10 @@ class MaskedView:
         if not 0 < self.max_share <= 1:
             raise ValueError(f"max_share {self.max_share}: must be above 0 and at most 1")
 
-    def decoder(self, state: np.ndarray, mean: Sequence[float]) -> Decoder:
-        padding = tuple(round(255 * value) for value in mean)
-        how = self.resize, self.hflip, self.max_share, self.photometric, padding
-        return MaskedViewDecoder(sides(self.image_size), state, *how)
+    def drawn(self, mean: Sequence[float], sizes: np.ndarray) -> MaskedCrop:
+        how = map(float, (*self.resize, self.hflip, self.max_share))
+        padding = (round(255 * value) for value in mean)
+        return MaskedCrop(*sides(self.image_size), *how, bool(self.photometric), *padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +83,16 @@ class CentreView:
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct {self.crop_pct}: must be above 0 and at most 1")
 
-    def decoder(self, state: np.ndarray, mean: Sequence[float]) -> Decoder:
-        return CentreViewDecoder(sides(self.image_size), state, self.crop_pct)
+    def drawn(self, mean: Sequence[float], sizes: np.ndarray) -> CentreCrop:
+        return CentreCrop(*sides(self.image_size), float(self.crop_pct))
 
 
 @dataclass(frozen=True)
 class StoredView:
     """The whole image and its mask, as they are stored."""
 
-    def decoder(self, state: np.ndarray, mean: Sequence[float]) -> Decoder:
-        return StoredDecoder(state)
+    def drawn(self, mean: Sequence[float], sizes: np.ndarray) -> Whole:
+        return Whole(int(sizes.prod(axis=1).max()))
 
 
 View = RandomView | MaskedView | CentreView | StoredView

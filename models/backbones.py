@@ -32,6 +32,7 @@ def build_backbone(
     pretrained: bool = True,
     image_size: int | tuple[int, int] | None = None,
     weights_key: str | None = None,
+    mapped: bool = False,
 ) -> nn.Module:
     """A timm model, in eval mode, fp32, on the CPU.
 
@@ -50,6 +51,8 @@ def build_backbone(
         pretrained: without `weights`, take the weights from the hub; False leaves them random.
         image_size: pixels, a side or (height, width); the backbone's own by default.
         weights_key: the prefix to read where a file holds several networks, such as `teacher.backbone`.
+        mapped: let the parameters be a local file's own, mapped into memory: the processes of a machine hold them once.
+            For weights that nobody trains; the file must not be written over meanwhile.
 
     Raises:
         ValueError: unknown name; overrides or size that do not fit, or a network that does not take RGB images; a file
@@ -99,9 +102,19 @@ def build_backbone(
     check_image_size(model, full.get("img_size"))
     if weights is not None or of_transformers:
         model.load_state_dict(state)
+        if mapped:
+            _map_parameters(model, state)
     for note in notes(name, given) if weights is not None or pretrained else ():
         warnings.warn(f"teacher.name {name}: {note}", stacklevel=2)
     return with_plain_blocks(model).eval()
+
+
+def _map_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let a loaded model's parameters be the tensors of its file, where those are fp32 too."""
+    for name, parameter in model.named_parameters():
+        value = state[name]
+        if value.dtype == parameter.dtype and value.is_contiguous():
+            parameter.data = value
 
 
 def notes(name: str, kwargs: Mapping[str, Any] | None = None) -> list[str]:

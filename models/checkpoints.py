@@ -7,9 +7,11 @@ without effect or an error.
 import argparse
 import io
 import json
+import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -489,7 +491,10 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _content(path: Path) -> Mapping[str, Any]:
-    """What a file of safetensors or of torch.save holds, whatever its suffix."""
+    """What a file of safetensors or of torch.save holds, whatever its suffix.
+
+    Both are mapped into memory, not read into it: processes of one machine share what they read of a file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     if path.name.endswith(".safetensors.index.json"):
@@ -499,7 +504,10 @@ def _content(path: Path) -> Mapping[str, Any]:
             content = load_file(path)
         else:  # timm's training leaves its arguments, plain values, in its files; torch looks at a path's suffix
             with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
+                mapped = f"/proc/self/fd/{file.fileno()}"  # a path without a suffix, where there is such a thing
+                maps = os.path.exists(mapped) and zipfile.is_zipfile(file)
+                file.seek(0)
+                content = torch.load(mapped if maps else file, map_location="cpu", weights_only=True, mmap=maps)
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as weights: {_unreadable(path, error)}") from error
     if not isinstance(content, Mapping):

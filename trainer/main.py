@@ -5,11 +5,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from data import DamagedError
 from models import backbone_of, match_dtypes
 from trainer.config import Settings, UserError, as_dict, parse, stage_of, user_errors
 from trainer.engine.checkpoint import Checkpoints, Manifest
-from trainer.engine.engine import build_engine, deepspeed_config, offloads
+from trainer.engine.engine import build_engine, deepspeed_config, offloads, shard_frozen
 from trainer.engine.optim import build_optimizer, build_schedule
 from trainer.engine.profile import Profile
 from trainer.loop import Training, train
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_driver()
             settings = parse(argv)
+            watchdog.start = settings.train.start_limit
             stage = stage_of(settings)
             if not isinstance(stage, type):  # a module with a run of its own
                 if not settings.dry_run:
@@ -97,10 +100,14 @@ def train_stage(
     )
     schedule = build_schedule(optimizer, settings.train, job.steps)
     flops = flops_by_step(job, settings.train.bf16, me.device_name) if me.rank == 0 else None
+    if me.rank == 0:
+        job.stage.keep_frozen()
     engine = build_engine(job.stage, optimizer, config)
     match_dtypes(job.stage)
-    for model in job.stage.beside():
-        model.to(me.device, next(job.stage.parameters()).dtype)
+    beside, dtype = job.stage.beside(), torch.bfloat16 if settings.train.bf16 else torch.float32
+    sharded = [shard_frozen(model, me.device, dtype) for model in beside if settings.teacher.shard]
+    for model in () if sharded else beside:
+        model.to(me.device, dtype)
     step = found[1]["step"] if found else 0
     if found:
         checkpoints.restore(engine, found)
@@ -117,6 +124,10 @@ def train_stage(
     tracker.info(f"{job.images}; settings of {', but '.join((settings.source, *settings.changed))}")
     for note in job.notes:
         tracker.info(f"note: {note}")
+    for engine_of in sharded:
+        parameters = list(engine_of.module.parameters())
+        held, whole = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters)
+        tracker.info(f"teacher: spread over the ranks, {held:,} of its {whole:,} parameters on each")
     if order["order"] == "windowed":
         tracker.info(
             f"{job.train.path}: read in long runs, shuffled within {order['window']} MiB (data.order windowed)"

@@ -1,17 +1,24 @@
 """Loading: order and views are pure functions, every image counts once, damaged files are refused before use."""
 
+import os
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from ffcv.loader import epoch_iterator
+from ffcv.reader import Reader
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import epoch_order, eval_loader, inspect, resolve, train_loader
+from data import decode, epoch_order, eval_loader, inspect, resolve, train_loader
 from data.augment import centre_view, enlarge, random_view
-from data.beton import side_file
+from data.beton import TICK, side_file
+from data.compiled import compiled
+from data.pipeline import AHEAD
 from data.write import write
 
 COUNT = 97  # a prime: divides into no batch and no number of ranks
@@ -120,6 +127,7 @@ def test_leaving_early_leaves_no_threads(train, reference):
         for _ in range(taken):
             next(batches)
         batches.close()
+        train._shares._next[1].join()
         assert threading.active_count() == before
     abandoned = train.epoch(1)
     next(abandoned)
@@ -127,6 +135,82 @@ def test_leaving_early_leaves_no_threads(train, reference):
     with pytest.raises(RuntimeError, match="this epoch was ended"):
         next(abandoned)
     assert threading.active_count() == before
+
+
+def test_the_next_order_is_built_meanwhile(beton, reference):
+    loader = train_loader(beton, **SETTINGS, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    epoch, thread, made = loader._shares._next
+    thread.join()
+    assert epoch == 1 and len(made) == 1
+    assert same(list(loader.epoch(1)), reference) and loader._shares._next[0] == 2
+    assert same(list(loader.epoch(1, 5)), reference[5:])  # a part of it is not what was prepared
+
+
+@pytest.mark.parametrize("launched", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_a_rank_decodes_with_its_share_of_the_cores(beton, monkeypatch, launched):
+    cores = len(os.sched_getaffinity(0))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for ranks in (1, 2, 8):
+        monkeypatch.setenv(launched, str(ranks))
+        loader = eval_loader(beton, image_size=32, batch_size=10)
+        assert loader._pipeline.num_workers == max(1, cores // ranks)
+
+
+def test_decoding_asks_for_no_gpu(train):
+    """FFCV's thread would make a context on GPU 0 for every rank."""
+    assert not epoch_iterator.IS_CUDA
+    batches = train.epoch(0)
+    next(batches)
+    assert train._running.cuda_streams == [None] * (AHEAD + 2)
+    train.close()
+
+
+def test_tables_are_read_once(beton, tmp_path, monkeypatch):
+    read, path = [], tmp_path / "copy.beton"
+    for source, copy in ((beton, path), (side_file(beton), side_file(path))):
+        shutil.copy(source, copy)
+    time.sleep(2 * TICK / 1e9)
+    monkeypatch.setattr("data.beton.Reader", lambda name: read.append(name) or Reader(name))
+    first = inspect(path)
+    loaders = [train_loader(path, **SETTINGS, workers=1), eval_loader(path, image_size=32, batch_size=10)]
+    assert read == [path] and all(loader.info is first for loader in loaders)
+    os.utime(side_file(path))
+    time.sleep(2 * TICK / 1e9)
+    assert inspect(path) == first and read == [path, path]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        inspect(path)
+
+
+def twice(x):
+    return 2 * x
+
+
+def test_compiled_code_is_kept_and_damage_to_it_mended(beton, tmp_path, monkeypatch):
+    def loaded(function, *args) -> int:
+        """How often a fresh start finds `function` compiled."""
+        made = compiled(function, parallel=False)
+        made(*args)
+        return sum(made.stats.cache_hits.values())
+
+    monkeypatch.setattr("data.compiled.folder", lambda: tmp_path)
+    assert [loaded(twice, 1), loaded(twice, 1), loaded(twice, 1.0)] == [0, 1, 0]
+    for file in tmp_path.rglob("*.nb?"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert [loaded(twice, 1), loaded(twice, 1)] == [0, 1]
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("not a folder")
+    assert [loaded(twice, 1), loaded(twice, 1)] == [0, 0]
+    monkeypatch.undo()
+
+    kept = []
+    for _ in range(2):
+        monkeypatch.setattr("data.decode._one_thread", again := compiled(decode._decode, parallel=False))
+        kept.append(next(eval_loader(beton, image_size=32, batch_size=10, workers=1).epoch()))
+    assert sum(again.stats.cache_hits.values()) == 1 and same(*([one] for one in kept))
 
 
 def test_torch_keeps_its_threads(train):

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ffcv.memory_managers import OSCacheManager
-from ffcv.reader import Reader
 from numpy.testing import assert_array_equal
 
 from data import choose_order, train_loader, windowed_order
+from data.beton import open_checked
 from data.memory import memory_limit
 from data.order import CACHED_SHARE, RUN_BYTES, WINDOW, lane_count
 from data.read_ahead import RunReader
@@ -139,7 +138,7 @@ def test_global_batches_are_the_same_at_any_world_size(beton, reference):
             train_loader(beton, **SETTINGS, **SAME_VIEW, rank=rank, world_size=world_size, accumulate=accumulate)
             for rank in range(world_size)
         ]
-        shares = [np.concatenate(loader._share(1, 0)[0]).reshape(loader.steps_per_epoch, -1) for loader in loaders]
+        shares = [np.concatenate(loader._shares.of(1, 0)[0]).reshape(loader.steps_per_epoch, -1) for loader in loaders]
         assert_array_equal(np.concatenate(shares, axis=1), np.stack([batch["index"] for batch in reference]))
 
 
@@ -186,6 +185,7 @@ def test_leaving_early_leaves_no_threads_or_files(train, reference):
         for _ in range(taken):
             next(batches)
         batches.close()
+        train._shares._next[1].join()
         assert threading.active_count() == before[0]
         assert len(os.listdir("/proc/self/fd")) <= before[1] + 1  # the map of the last epoch holds one
     abandoned = train.epoch(1)
@@ -207,18 +207,18 @@ def test_leaving_early_decodes_no_further(train):
 def test_a_file_that_shrinks_is_an_error(beton, tmp_path):
     path = tmp_path / "copy.beton"
     path.write_bytes(beton.read_bytes())
-    manager = OSCacheManager(Reader(path))
-    images = manager.reader.metadata["f0"]["data_ptr"]
+    columns = open_checked(path)[1]
     os.truncate(path, path.stat().st_size // 2)
-    context = RunReader(manager, [images], 4).schedule_epoch([np.arange(COUNT, dtype=np.uint64)])
+    reader = RunReader(path, [(columns["image"], columns["image_bytes"])], 4)
+    context = reader.schedule_epoch([np.arange(COUNT, dtype=np.uint64)])
     with context, pytest.raises(OSError, match=r"copy\.beton: became shorter while it was read"):
         context.start_batch(0)
 
 
 def test_runs_cover_the_images(beton):
-    manager = OSCacheManager(Reader(beton))
-    images = manager.reader.metadata["f0"]["data_ptr"].astype(int)
-    reader = RunReader(manager, [images.astype(np.uint64)], 4)
+    columns = open_checked(beton)[1]
+    images = columns["image"].astype(int)
+    reader = RunReader(beton, [(columns["image"], columns["image_bytes"])], 4)
     assert (reader.begin[reader.runs] <= images).all()
     assert (images + 3 * SIDE * SIDE <= reader.end[reader.runs]).all()
     inside = reader.end > 0

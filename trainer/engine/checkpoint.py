@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ class Checkpoints:
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest complete checkpoint and its manifest. Damaged ones are named on stderr and skipped.
 
-        The ranks share the work of comparing files with their hashes.
+        The ranks share the work of comparing files with their hashes, and of looking what each holds: the manifest's
+        files have it as `holds`, {name of an entry: its elements}. So no rank opens all files.
         """
         steps = [None]
         if dist.get_rank() == 0:
@@ -157,10 +159,16 @@ class Checkpoints:
         for step in reversed(steps[0]):
             path = self.path(step)
             found: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, verify(path, dist.get_rank(), dist.get_world_size()))
-            problem = next((p for p in found if p), None)
+            problem = verify(path, dist.get_rank(), dist.get_world_size())
+            held = {} if problem else _held_by_share(path, dist.get_rank(), dist.get_world_size())
+            dist.all_gather_object(found, (problem, held))
+            problem = next((p for p, _ in found if p), None)
             if problem is None:
-                return path, _read_manifest(path)
+                manifest = _read_manifest(path)
+                for _, held in found:
+                    for name, holds in held.items():
+                        manifest["files"][name]["holds"] = holds
+                return path, manifest
             if dist.get_rank() == 0:
                 print(f"warning: {path}: {problem}; passed over", file=sys.stderr, flush=True)
         return None
@@ -168,7 +176,7 @@ class Checkpoints:
     def restore(self, engine: DeepSpeedEngine, found: tuple[Path, Manifest]) -> None:
         """Load weights, optimizer state and averages of a checkpoint from `newest`, whatever wrote it."""
         path, manifest = found
-        files = _Files(path, manifest["files"])
+        files = Files(path, manifest["files"])
         Shards(engine).restore(files.read, files.keys - {BUFFER}, manifest["optimizer_step"])
         with torch.no_grad():
             for name, buffer in engine.module.named_buffers():
@@ -200,30 +208,41 @@ class _Writer(threading.Thread):
         self.tensors = {}
 
 
-class _Files:
-    """Reads ranges of elements from a checkpoint's files, however they were divided."""
+class Files:
+    """Reads ranges of elements from a checkpoint's files, however they were divided; opens those that it reads."""
 
-    def __init__(self, folder: Path, names: Any) -> None:
-        self.files = {name: safe_open(folder / name, framework="pt") for name in names}
-        # (state, parameter) -> [(first element, file, name in it)]
-        self.runs: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
-        for name, file in self.files.items():
-            for entry in file.keys():  # noqa: SIM118, not a dict
-                key, start, parameter = entry.split(":", 2)
-                self.runs.setdefault((key, parameter), []).append((int(start), name, entry))
+    def __init__(self, folder: Path, files: Mapping[str, Any]) -> None:
+        """`files`: the manifest's, with what each holds."""
+        self.folder, self.opened = folder, {}
+        # (state, parameter) -> [(first element, behind the last, file, name in it)]
+        self.runs: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for name, entry in files.items():
+            for stored, numel in entry["holds"].items():
+                key, start, parameter = stored.split(":", 2)
+                self.runs.setdefault((key, parameter), []).append((int(start), int(start) + numel, name, stored))
         self.keys = {key for key, _ in self.runs}
 
     def read(self, run: Run, key: str) -> Tensor:
         """Elements `run.start` to `run.start + run.numel` of a parameter's state, flat."""
         parts, at, end = [], run.start, run.start + run.numel
-        for start, name, entry in sorted(self.runs.get((key, run.name), [])):
-            stored = self.files[name].get_slice(entry)
-            stop = min(start + stored.get_shape()[0], end)
+        for start, stop, name, entry in sorted(self.runs.get((key, run.name), [])):
+            stop = min(stop, end)
             if start <= at < stop:
-                parts.append(stored[at - start : stop - start])
+                if name not in self.opened:
+                    self.opened[name] = safe_open(self.folder / name, framework="pt")
+                parts.append(self.opened[name].get_slice(entry)[at - start : stop - start])
                 at = stop
         assert at == end, f"{key} of {run.name}: elements {at} to {end} are in no file"
         return torch.cat(parts)
+
+
+def _held_by_share(path: Path, rank: int, world_size: int) -> dict[str, dict[str, int]]:
+    """What this rank's share of the files holds, by file: {name of an entry: its elements}."""
+    held = {}
+    for name in sorted(_read_manifest(path)["files"])[rank::world_size]:
+        with safe_open(path / name, framework="pt") as file:
+            held[name] = {entry: file.get_slice(entry).get_shape()[0] for entry in file.keys()}  # noqa: SIM118
+    return held
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> str | None:

@@ -165,6 +165,29 @@ def _read_norm_once(zero: Any) -> None:
         zero._get_norm_groups = lambda: [global_norm()]
 
 
+def shard_frozen(vit: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> DeepSpeedEngine:
+    """Spread a frozen ViT's parameters over the ranks, ZeRO 3's way; a collective.
+
+    Each block's are gathered while it runs, so all ranks must call the model equally often. A block at a time is cast
+    and moved: no device holds the whole model.
+
+    Returns:
+        What must live as long as the model is called. The model itself is called as before.
+    """
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # which DeepSpeed wants, and nothing here uses
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    for part in (*vit.blocks, vit):
+        part.to(dtype)
+        deepspeed.zero.Init(module=part, config_dict_or_path=config, dtype=dtype)
+    for module in vit.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return deepspeed.initialize(model=vit, config=config)[0]
+
+
 def set_working_copy(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Overwrite the copy of a parameter that forward uses; its fp32 master stays. A collective."""
     with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

@@ -21,7 +21,7 @@ class Train:
     """The training loop and its optimizer, AdamW."""
 
     free: ClassVar = frozenset(
-        {"micro_batch_size", "max_skipped", "save_every", "keep", "log_every", "eval_first", "profile"}
+        {"micro_batch_size", "max_skipped", "save_every", "keep", "log_every", "eval_first", "profile", "start_limit"}
     )
 
     epochs: Positive = 1.0
@@ -70,3 +70,5 @@ class Train:
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     profile: Steps | None = None
     """Steps to profile, FROM-TO, such as 20-25: a trace in the run's folder, and a table of what takes how long."""
+    start_limit: Positive = 300.0
+    """Seconds within which all ranks must have started; more where many nodes read their programs from one disk."""

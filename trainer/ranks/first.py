@@ -16,8 +16,10 @@ from trainer.ranks.world import World
 _calls = 0
 
 
-def from_first(me: World, work: Callable[[], Any]) -> Any:
+def from_first(me: World, work: Callable[[], Any], start: float = START) -> Any:
     """What `work` gives, plain JSON; rank 0 alone does it. All ranks call this, within the watchdog's context.
+
+    `start`: seconds that the ranks wait for each other's program to start.
 
     There is no time limit, as there is on a collective: when rank 0 fails or dies meanwhile, the watchdog ends the
     others.
@@ -32,8 +34,8 @@ def from_first(me: World, work: Callable[[], Any]) -> Any:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its ranks
     key = f"first-{command_digest()}-{attempt}-{_calls}"
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    await_address(address, START)
-    store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=START), wait_for_workers=False)
+    await_address(address, start)
+    store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=start), wait_for_workers=False)
     if me.rank == 0:
         try:
             found = work()

@@ -27,6 +27,7 @@ from trainer.ranks.errors import PORT
 DIED = 1  # exit status of the ranks that outlive another
 MISTAKE = 2  # exit status after a user's mistake
 START = 300.0  # seconds that the ranks wait for each other at the start
+POLL = 1.0  # seconds in which a changed limit is seen
 GRACE = 3.0  # seconds to wait for other ranks that fail, so that one line names the first of them
 AGAIN = "run the same command again to resume"
 
@@ -35,7 +36,7 @@ class Watchdog:
     """Within its context no rank waits for a rank that died or failed. A job of one process needs none."""
 
     def __init__(self, rank: int, size: int, start: float = START) -> None:
-        """`start`: seconds within which all `size` ranks must have entered."""
+        """`start`: seconds within which all `size` ranks must have entered; it may be changed within the context."""
         self.rank, self.size, self.start = rank, size, start
         self.host = socket.gethostname()
         self._left, self._connected, self._all_left = False, threading.Event(), threading.Event()
@@ -133,9 +134,10 @@ class Watchdog:
         selector = selectors.DefaultSelector()
         selector.register(listener, selectors.EVENT_READ)
         peers: dict[int, _Peer] = {}
-        verdict_at, trouble_since = time.monotonic() + self.start, math.inf
+        began, trouble_since = time.monotonic(), math.inf
+        verdict_at = began + self.start
         while sum(peer.left for peer in peers.values()) < self.size:
-            wait = None if verdict_at == math.inf else max(0.0, verdict_at - time.monotonic())
+            wait = None if verdict_at == math.inf else min(POLL, max(0.0, verdict_at - time.monotonic()))
             for key, _ in selector.select(wait):
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
@@ -156,6 +158,8 @@ class Watchdog:
                 verdict_at = trouble_since + (0 if len(died + failed) == self.size else 0.5 if died else GRACE)
             elif len(peers) == self.size:
                 verdict_at = math.inf
+            else:
+                verdict_at = began + self.start
             if now < verdict_at:
                 continue
             status = DIED

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from data import cores
+from trainer.ranks.cores import share
 from trainer.ranks.errors import MachineError, explain
 from trainer.ranks.launch import ON_CPU, check_port, read_ranks
 
@@ -23,6 +25,14 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 from deepspeed import comm as dist
+
+# The engine imports DeepSpeed's Muon, three decorated functions that nobody calls here: 2 s, in which torch loads its
+# compiler to wrap them.
+_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda wrapped: wrapped)
+try:
+    import deepspeed.runtime.zero.muon.original_muon
+finally:
+    torch.compile = _compile
 
 # The tests do cover our optimizer, torch's AdamW with an average; and a machine without a GPU is no reason to warn.
 deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
@@ -90,7 +100,7 @@ def check_driver() -> None:
 
 
 def join(me: World) -> None:
-    """Enter the process group: NCCL on GPUs, gloo on CPUs. On CPUs each rank takes its share of the cores.
+    """Enter the process group: NCCL on GPUs, gloo on CPUs. Each rank takes its share of the cores.
 
     Raises:
         MachineError: another process has the port.
@@ -110,15 +120,18 @@ def join(me: World) -> None:
         torch.cuda.set_device(me.device)
         os.environ["LOCAL_RANK"] = str(me.device.index)  # DeepSpeed's device
         torch.backends.cuda.matmul.allow_tf32 = True
-    elif "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", me.size))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     try:
         deepspeed.init_distributed()
     except RuntimeError as error:
         if (line := explain(error)) is None:
             raise
         raise MachineError(line) from error
+    place = socket.gethostname(), os.sched_getaffinity(0)
+    everyone = [place] * me.size
+    dist.all_gather_object(everyone, place)
+    cores.tell(share(place, everyone))
+    if me.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores.own())
     # Its collective on CPUs leaves a buffer of 66 MiB per rank in /dev/shm for ever. Once all ranks have mapped the
     # buffers, their names can go: the memory then lives as long as the processes, however they end.
     dist.barrier()

@@ -51,6 +51,10 @@ def build(settings: Settings, me: World) -> Job:
         warnings.simplefilter("always", UserWarning)
         teacher = build_teacher(settings)
     models.check_linearizable(teacher)
+    rope = getattr(teacher, "rope", None)
+    if settings.teacher.shard and rope is not None and list(rope.parameters()):
+        raise UserError(f"teacher.shard: {settings.teacher.name} learns its rotary frequencies, which are read whole; "
+                        "leave it off")  # fmt: skip
     if kind.needs_teacher and not is_trained(settings) and not shapes_alone:
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
                         "give its file with --teacher.weights FILE")  # fmt: skip

@@ -31,9 +31,10 @@ def describe(settings: Settings, job: Job, config: dict, me: World) -> str:
     dtype = torch.bfloat16 if settings.train.bf16 else torch.float32
     flops, activations = measure(stage, job.export["input"]["image_size"], micro, dtype)
     bf16, offload = settings.train.bf16, offloads(config)
-    states = model_state_bytes(trained, frozen, teacher, zero, me.size, bf16, offload)
+    held = teacher / (me.size if settings.teacher.shard else 1)
+    states = model_state_bytes(trained, frozen, held, zero, me.size, bf16, offload)
     known = DeepSpeedZeroConfig(**config["zero_optimization"])
-    memory = memory_bytes(trained, frozen, teacher, known, me.size, bf16, offload, activations, accumulate)
+    memory = memory_bytes(trained, frozen, held, known, me.size, bf16, offload, activations, accumulate)
     groups = [group for group in stage.parameter_groups() if group["params"]]
     infos = [info for info in (job.train, job.val) if info is not None]
     unverified = [str(info.path) for info in infos if info.digest is None and info.fields]  # those that are written
@@ -113,12 +114,12 @@ class Taken(TorchDispatchMode):
 
 
 def model_state_bytes(
-    trained: int, frozen: int, teacher: int, zero: int, ranks: int, bf16: bool, offload: bool
+    trained: int, frozen: int, teacher: float, zero: int, ranks: int, bf16: bool, offload: bool
 ) -> float:
     """Bytes per rank of weights, gradients and optimizer state, after ZeRO, arXiv 1910.02054, section 3.
 
     Weights and gradients in the working precision; fp32 masters and two moments, 12 bytes a trained parameter, sharded
-    from stage 1 on; gradients from stage 2, weights from stage 3. The teacher is whole on every rank.
+    from stage 1 on; gradients from stage 2, weights from stage 3. A rank holds `teacher` of its teacher's.
     """
     width = 2 if bf16 else 4
     weights = (trained + frozen) * width / (ranks if zero == 3 else 1)
@@ -132,7 +133,7 @@ def gradient_bytes(trained: int, zero: int, ranks: int, width: int) -> float:
 
 
 def memory_bytes(
-    trained: int, frozen: int, teacher: int, zero: DeepSpeedZeroConfig, ranks: int, bf16: bool, offload: bool,
+    trained: int, frozen: int, teacher: float, zero: DeepSpeedZeroConfig, ranks: int, bf16: bool, offload: bool,
     activations: float, accumulate: int,
 ) -> float:  # fmt: skip
     """Bytes per rank at most, as DeepSpeed takes them.

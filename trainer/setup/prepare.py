@@ -34,7 +34,7 @@ def prepare(settings: Settings, me: World, should_stop: StopFlag) -> None:
 
     # Where a signal comes to another rank alone, all of them heed it at the first step.
     with should_stop.at_once() if me.rank == 0 else nullcontext():
-        found = from_first(me, work)
+        found = from_first(me, work, settings.train.start_limit)
     files = {split: Path(path) for split, path in found.items()}
     for path in files.values():
         if not is_seen(path):

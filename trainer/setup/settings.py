@@ -16,7 +16,7 @@ Std = checked(list[float], "three values (R, G, B) above 0", lambda v: len(v) ==
 class Teacher:
     """The softmax ViT that is converted."""
 
-    free: ClassVar = frozenset({"weights"})  # compared by what they hold
+    free: ClassVar = frozenset({"weights", "shard"})  # the first is compared by what it holds
 
     name: str | None = None
     """timm's name, with or without a pretrained tag; or hf:OWNER/NAME or hf:FOLDER, a checkpoint of transformers."""
@@ -28,6 +28,18 @@ class Teacher:
     """Which network of the file is meant, where several fit, such as teacher.backbone."""
     pretrained: bool = True
     """Whether to load weights; false leaves them random, which only stage 3, a dry run and an evaluation accept."""
+    shard: bool = False
+    """Spread the frozen teacher over the ranks as ZeRO 3 does, for one too large for each GPU; it sends more."""
+
+    def resolve(self, settings: Any) -> None:
+        """Raises ValueError where a sharded teacher cannot be used."""
+        if self.shard and settings.train.compile:
+            raise ValueError("teacher.shard: does not work with train.compile; leave one of them off")
+        if self.shard and isinstance(settings.student.keep_softmax, str):
+            raise ValueError(
+                f"teacher.shard: student.keep_softmax {settings.student.keep_softmax} measures with a whole teacher; "
+                "name the blocks"
+            )
 
 
 @dataclass

@@ -33,6 +33,7 @@ def build_teacher(settings: Settings) -> nn.Module:
         chosen.pretrained,
         None if size is None else pair(size),
         weights_key=chosen.weights_key,
+        mapped=True,
     )
 
 

@@ -86,7 +86,13 @@ class Stage(nn.Module):
             parameter.requires_grad_(False)
         for parameter in self.selected(settings.student.trainable or self.trainable):
             parameter.requires_grad_(True)
-        # The engine rounds frozen weights to its working precision: the export holds these.
+        self.frozen: dict[str, Tensor] = {}
+
+    def keep_frozen(self) -> None:
+        """Before the engine, which rounds frozen weights to its working precision: the export holds what they are now.
+
+        For the rank that writes the export alone: in host memory they are as large as the model.
+        """
         self.frozen = {
             name: value.detach().clone()
             for name, value in self.student.state_dict(keep_vars=True).items()
@@ -298,10 +304,17 @@ class Stage(nn.Module):
     def export(self, engine: DeepSpeedEngine) -> dict[str, Tensor]:
         """The student's state dict on the CPU: trained weights from fp32 masters (or averages), the rest as it came.
 
-        A collective, call it on all ranks.
+        A collective, call it on all ranks. It is rank 0's to write, and empty on the others, whose host memory it would
+        fill.
         """
         shards, key = Shards(engine), "ema" if self.has_average(engine) else WEIGHT
-        trained = {name.removeprefix("student."): shards.full(name, key).cpu() for name in shards.parameters}
+        trained = {}
+        for name in shards.parameters:
+            whole = shards.full(name, key)
+            if dist.get_rank() == 0:
+                trained[name.removeprefix("student.")] = whole.cpu()
+        if dist.get_rank() != 0:
+            return {}
         # Buffers that keep their precision are live, such as the running statistics of a head's batch norm.
         kept = {n: b for n, b in self.student.named_buffers() if n in self.frozen and b.dtype == self.frozen[n].dtype}
         return trained | self.frozen | kept

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ENVIRONMENT, ROOT, curve, forget_after, run_trainer
-from trainer.engine.checkpoint import ASIDE, MANIFEST, verify
+from trainer.engine.checkpoint import ASIDE, MANIFEST, Files, _held_by_share, verify
+from trainer.engine.shards import Run
 
 # fp32; ranks add up gradients and losses in another order.
 SAME = {"rel": 2e-4, "abs": 1e-6}
@@ -144,6 +145,25 @@ def test_what_was_altered_is_found(of_two_ranks: Path, tmp_path: Path, kind: str
     assert verify(tmp_path / "step-00000006") is not None
     found = [verify(tmp_path / "step-00000006", rank, 3) for rank in range(3)]
     assert any(found)  # the ranks share the work
+
+
+def test_a_rank_opens_the_files_that_it_needs(of_two_ranks: Path) -> None:
+    shares = [_held_by_share(of_two_ranks, rank, 2) for rank in range(2)]
+    assert [list(share) for share in shares] == [[f"rank-0000{rank}.safetensors"] for rank in range(2)]
+    manifest = {name: {"holds": holds} for share in shares for name, holds in share.items()}
+    everything = state(of_two_ranks)
+    for needed, (name, entry) in enumerate(manifest.items()):
+        files = Files(of_two_ranks, manifest)
+        for stored, numel in entry["holds"].items():
+            key, start, parameter = stored.split(":", 2)
+            read = files.read(Run(parameter, int(start), numel, 0, 0), key)
+            assert torch.equal(read, everything[key, parameter][int(start) : int(start) + numel])
+        assert list(files.opened) == [name] == [f"rank-0000{needed}.safetensors"]
+    both = Files(of_two_ranks, manifest)
+    for key, parameter in everything:
+        whole = Run(parameter, 0, len(everything[key, parameter]), 0, 0)
+        assert torch.equal(both.read(whole, key), everything[key, parameter])
+    assert len(both.opened) == 2
 
 
 def test_offload_resumes_without_and_back(small: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tests.support.zygote import free_port
 
 
 def work(rank: int, port: int, folder: Path) -> None:
+    from data import cores
     from trainer.engine.checkpoint import Checkpoints, _Writer
     from trainer.ranks import shared
     from trainer.ranks.world import join, this_process
@@ -21,6 +22,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in ours.items()} | {"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}
     join(this_process())
+    (folder / f"cores{rank}").write_text(str(cores.own()))
     said = []
     for where in (folder / "both", node):
         os.chdir(where)
@@ -44,6 +46,8 @@ def test_ranks_that_see_different_folders(tmp_path: Path) -> None:
     for rank in ranks:
         rank.join(100)
     assert [rank.exitcode for rank in ranks] == [0, 0]
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [(tmp_path / f"cores{rank}").read_text() for rank in range(2)] == [share, share]
     said = (tmp_path / "said0").read_text().splitlines()
     assert (tmp_path / "said1").read_text().splitlines() == said
     host, remedy = os.uname().nodename, "give --run a folder on a file system that all nodes share"

@@ -41,6 +41,17 @@ def test_the_teacher_keeps_its_bits_and_its_targets(small: Path, batches: list[d
     assert not any("teacher" in name for name, _ in job.named_parameters())
 
 
+def test_host_memory_is_held_once_a_machine(small: Path) -> None:
+    stage = job_of(small, 2).stage
+    file, maps = small / "teacher.safetensors", Path("/proc/self/maps").read_text().splitlines()
+    mapped = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps if line.endswith(str(file))]
+    assert all(any(a <= p.data_ptr() < b for a, b in mapped) for p in stage.teacher.parameters())
+    assert not any(a <= p.data_ptr() < b for a, b in mapped for p in stage.student.parameters())
+    assert stage.frozen == {}  # until the rank that writes the export asks for it
+    stage.keep_frozen()
+    assert stage.frozen.keys() == {name for name, p in stage.student.named_parameters() if not p.requires_grad}
+
+
 def test_stage_1_pulls_to_the_frozen_weights_not_to_those_in_training(small: Path, batches: list[dict]) -> None:
     stage = job_of(small, 1).stage.train()
     original = models.build_backbone(

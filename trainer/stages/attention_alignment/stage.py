@@ -72,10 +72,18 @@ class AttentionAlignment(Stage):
         chosen = np.linspace(0, self.infos["val"].num_samples - 1, LOOKED_AT).round().astype(int)
         for batch in batches:
             among = torch.isin(batch["index"], torch.from_numpy(chosen).to(batch["index"])) & batch["valid"]
-            for image in batch["image"][among].split(1):
+            which = among.nonzero().flatten().tolist()
+            calls = len(which)
+            if self.settings.teacher.shard:  # all ranks call it equally often
+                most = torch.tensor(calls, device=sums.device)
+                dist.all_reduce(most, dist.ReduceOp.MAX)
+                calls = int(most)
+            for call in range(calls):
+                at = which[call] if call < len(which) else 0
                 with attention_entropy(self.teacher) as found:
-                    self.teacher(image)
-                sums += torch.cat([torch.ones(1), *(x.cpu() for x in found.values())]).to(sums)
+                    self.teacher(batch["image"][at : at + 1])
+                if call < len(which):
+                    sums += torch.cat([torch.ones(1), *(x.cpu() for x in found.values())]).to(sums)
             yield batch
 
     def draw(self, engine: DeepSpeedEngine, loader: Loader | None, folder: Path) -> None:
