@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
+.PHONY: help setup demo docs test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
 	bench-recipes bench-foundation bench-resolution bench-scaling bench-segmentation wheel clean
 
 help:  ## Show this list
@@ -19,6 +19,9 @@ setup:  ## Build .venv and install what is missing (every other target does it t
 
 demo: setup  ## Convert the embedded ViT through stages 1, 2, 3 and print one table (4 to 6 minutes on 2 cores)
 	$(PYTHON_VENV) -m benchmarks.demo $(ARGS)
+
+docs: setup  ## Build the documentation's site into site/, without a warning
+	$(VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
 
 test: setup  ## Run the tests, two files at a time
 	$(PYTHON_VENV) -m pytest tests -q --durations=20 -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -38,7 +41,7 @@ format: setup  ## Mend style and format
 	.venv/bin/ruff format .
 
 lock: setup  ## Write requirements.lock from pyproject.toml (ARGS=--upgrade takes newer versions)
-	.venv/bin/uv pip compile pyproject.toml --extra train --extra dev --universal --python-version 3.11 \
+	.venv/bin/uv pip compile pyproject.toml --extra train --extra dev --extra docs --universal --python-version 3.11 \
 		--generate-hashes --no-config --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
 		-q -o requirements.lock $(ARGS)
 
