@@ -37,8 +37,8 @@ class Tracker:
         except OSError as error:
             raise self._unwritable(error, self.path) from error
         self.others = [Apart(name, folder, settings, step) for name in dict.fromkeys(settings.tracking)]
-        # None: shown on a terminal only.
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)
+        unwatched = not has_width(sys.stderr)
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=unwatched, dynamic_ncols=True, file=sys.stderr)
 
     def _keep_until(self, step: int) -> None:
         """Drop lines of steps that will be made again, and whatever is no line of ours: one cut by a kill, say."""
@@ -88,7 +88,8 @@ class Tracker:
             loss = float("nan") if line["loss"] is None else line["loss"]
             self.bar.set_postfix_str(f"loss {loss:.4g}  {speed}", refresh=False)
             return
-        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
+        told = {k: v for k, v in line.items() if "." not in k}  # what is told of each block is in the file
+        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.items()]
         if line["split"] == "train":
             left = (self.bar.total - line["step"]) * self.batch_size / line["images_per_second"]
             said.append(f"left {timedelta(seconds=round(left))}")
@@ -145,6 +146,12 @@ class Tracker:
             tqdm.write(message, file=sys.stderr)
             sys.stderr.flush()
 
+    def stopped(self, message: str) -> None:
+        """A signal stopped the run: a line for whoever watches. Trackers whose processes it ended say no more."""
+        for other in self.others:
+            other.stopping.set()
+        self.info(message)
+
     def close(self) -> None:
         """Flush everything."""
         if not self.active:
@@ -157,6 +164,14 @@ class Tracker:
     def _unwritable(self, error: OSError, path: Path) -> UserError:
         reason = (error.strerror or str(error)).lower()
         return UserError(f"{path}: cannot be written ({reason}); mend that, then run the same command again")
+
+
+def has_width(stream: IO[str]) -> bool:
+    """Whether a stream is a terminal that a bar can be drawn on: some containers' and CI's have no columns."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _finite(value: Any) -> Any:
