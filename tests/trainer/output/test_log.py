@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import logging
 import os
 import pty
@@ -36,31 +37,30 @@ def terminal(columns: int) -> Iterator[int]:
 
 
 @pytest.fixture
-def deepspeed_logger(capsys: pytest.CaptureFixture) -> Iterator[logging.Logger]:
-    """DeepSpeed's logger as it makes it, with a handler for the screen; its own ones back in place afterwards."""
-    logger = logging.getLogger("DeepSpeed")
+def screen() -> Iterator[io.StringIO]:
+    """What DeepSpeed's logger shows; its own handlers come back afterwards."""
+    logger, shown = logging.getLogger("DeepSpeed"), io.StringIO()
     before = logger.handlers[:], logger.level, logger.propagate
-    screen = logging.StreamHandler(sys.stdout)
-    logger.handlers[:], logger.propagate = [screen], False
-    yield logger
+    logger.handlers[:], logger.propagate = [logging.StreamHandler(shown)], False
+    yield shown
     logger.handlers[:], level, logger.propagate = before
     logger.setLevel(level)
 
 
-def test_libraries_log_to_a_file(tmp_path: Path, deepspeed_logger: logging.Logger, capsys) -> None:
+def test_libraries_log_to_a_file(tmp_path: Path, screen: io.StringIO, capsys) -> None:
     with Log(tmp_path, 0) as log:
-        deepspeed_logger.info("quiet")
-        deepspeed_logger.warning("loud")
+        logging.getLogger("DeepSpeed").info("quiet")
+        logging.getLogger("DeepSpeed").warning("loud")
         log.note("ours")
         with log.printed():
             print("built")
         warnings.warn("of code", DeprecationWarning, stacklevel=1)
-    deepspeed_logger.warning("later")
+    logging.getLogger("DeepSpeed").warning("later")
     text, said = (tmp_path / "log.txt").read_text(), capsys.readouterr()
     assert [word for word in ("quiet", "loud", "ours", "built", "of code", "later") if word in text] == [
         "quiet", "loud", "ours", "built", "of code"
     ]  # fmt: skip
-    assert said.out.split() == ["loud", "later"] and not said.err
+    assert screen.getvalue().split() == ["loud", "later"] and not said.out + said.err
     with Log(tmp_path, 0) as log:
         log.note("again")
     with Log(tmp_path, 1) as log:
@@ -68,16 +68,16 @@ def test_libraries_log_to_a_file(tmp_path: Path, deepspeed_logger: logging.Logge
     assert (tmp_path / "log.txt").read_text().startswith(text) and "another" not in (tmp_path / "log.txt").read_text()
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, deepspeed_logger: logging.Logger, capsys) -> None:
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, screen: io.StringIO, capsys) -> None:
     for folder in (tmp_path / "missing", Path("/dev/full")):  # /dev/full/log.txt cannot be opened either
         with Log(folder, 0) as log:
-            deepspeed_logger.warning("loud")
+            logging.getLogger("DeepSpeed").warning("loud")
             log.note("ours")
     (tmp_path / "log.txt").symlink_to("/dev/full")
     with Log(tmp_path, 0) as log:
         log.note("ours")
     said = capsys.readouterr()
-    assert said.out.split() == ["loud", "loud"] and not said.err
+    assert screen.getvalue().split() == ["loud", "loud"] and not said.out + said.err
 
 
 def test_a_bar_needs_a_terminal_with_columns(tmp_path: Path) -> None:
