@@ -41,7 +41,7 @@ format: setup  ## Mend style and format
 	.venv/bin/ruff format .
 
 lock: setup  ## Write requirements.lock from pyproject.toml (ARGS=--upgrade takes newer versions)
-	.venv/bin/uv pip compile pyproject.toml --extra train --extra dev --extra docs --universal --python-version 3.11 \
+	.venv/bin/uv pip compile pyproject.toml --group train --group dev --group docs --universal --python-version 3.11 \
 		--generate-hashes --no-config --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
 		-q -o requirements.lock $(ARGS)
 

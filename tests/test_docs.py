@@ -160,9 +160,10 @@ def check_torchrun(words: list[str]) -> None:
 
 def check_pip(words: list[str]) -> None:
     """What is installed is in pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, groups = whole["project"], whole["dependency-groups"]
     extras = project["optional-dependencies"]
-    known = {*project["dependencies"], *(one for extra in extras.values() for one in extra)}
+    known = {*project["dependencies"], *(one for part in (*extras.values(), *groups.values()) for one in part)}
     known |= {f"{project['name']}[{extra}]" for extra in extras} | {project["name"]}
     assert words[0] == "install"
     assert set(words[1:]) <= known, f"pip install {set(words[1:]) - known}: not in pyproject.toml"
