@@ -17,7 +17,7 @@ help:  ## Show this list
 setup:  ## Build .venv and install what is missing (every other target does it too)
 	@tools/setup.sh
 
-demo: setup  ## Convert the embedded ViT through stages 1, 2, 3 and print one table (4 to 6 minutes on 2 cores)
+demo: setup  ## Convert the embedded ViT, by the recommended recipe and by the paper's: a table and a report (minutes)
 	$(PYTHON_VENV) -m benchmarks.demo $(ARGS)
 
 docs: setup  ## Build the documentation's site into site/, without a warning

@@ -1,4 +1,4 @@
-"""`log.txt` of a stage's folder: what libraries say, and the details of each start.
+"""The screen, and `log.txt` of a stage's folder: what libraries say, and the details of each start.
 
 The screen has the libraries' warnings and errors alone. Python's own warnings, which are for who writes code, go to the
 file.
@@ -7,8 +7,10 @@ file.
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 LIBRARIES = ("DeepSpeed", "wandb", "py.warnings")  # names of their loggers
 
@@ -57,6 +59,14 @@ class Log:
         finally:
             for line in said.getvalue().splitlines():
                 self.note(line)
+
+
+def has_width(stream: IO[str]) -> bool:
+    """Whether a stream is a terminal that a bar can be drawn on: some containers' and CI's have no columns."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 class _File(logging.FileHandler):

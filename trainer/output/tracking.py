@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.config import Settings, UserError
+from trainer.output.log import has_width
 from trainer.output.trackers import Apart
 
 
@@ -164,14 +165,6 @@ class Tracker:
     def _unwritable(self, error: OSError, path: Path) -> UserError:
         reason = (error.strerror or str(error)).lower()
         return UserError(f"{path}: cannot be written ({reason}); mend that, then run the same command again")
-
-
-def has_width(stream: IO[str]) -> bool:
-    """Whether a stream is a terminal that a bar can be drawn on: some containers' and CI's have no columns."""
-    try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
-    except (OSError, ValueError):
-        return False
 
 
 def _finite(value: Any) -> Any:

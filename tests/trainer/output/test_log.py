@@ -20,8 +20,8 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT
 from trainer.config import parse
-from trainer.output.log import Log
-from trainer.output.tracking import Tracker, has_width
+from trainer.output.log import Log, has_width
+from trainer.output.tracking import Tracker
 
 
 @contextlib.contextmanager
