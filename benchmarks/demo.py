@@ -124,8 +124,10 @@ def chains(out: Path, threads: int, say: Callable[[str], None]) -> Iterator[Call
     """A function for each chain: the evaluations of its stages."""
     for name, (operator, stages) in CHAINS.items():
         options = ["--student.operator", operator, "--train.log_every", "4"]
-        yield lambda name=name, stages=stages, options=options: [
-            run_stage(out / name, stage, options, threads, say) for stage in stages
+        # A later stage begins with the figures that the one before has ended with.
+        later = [*options, "--train.eval_first", "false"]
+        yield lambda name=name, stages=stages, options=options, later=later: [
+            run_stage(out / name, stage, options if stage == stages[0] else later, threads, say) for stage in stages
         ]
 
 
