@@ -77,5 +77,5 @@ wheel: setup  ## Build dist/unsoftmax-*.whl, which carries models/ alone
 	.venv/bin/python -m build --no-isolation --wheel
 
 clean:  ## Remove what tools left behind; keeps .venv and runs/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
