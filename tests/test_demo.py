@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import demo
+from data.samples import COUNTS
 from trainer.config import parse
 from trainer.output.tracking import Tracker
 
@@ -22,13 +23,13 @@ def test_progress_follows_what_stages_write(tmp_path: Path) -> None:
     tracker = Tracker(folder, settings, 0, 0, demo.STEPS[1])
     tracker.started(steps=demo.STEPS[1])
     begun, _ = demo.progress(tmp_path)
-    tracker.log({"step": 64, "epoch": 0.5, "split": "val", "loss": 1.0})
+    tracker.log({"step": 32, "epoch": 0.25, "split": "val", "loss": 1.0})
     tracker.close()
     (folder / "metrics.jsonl").open("a").write('{"step": 6')  # half a line
     assert demo.progress(tmp_path)[0] == begun > 0
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().rpartition("\n")[0] + "\n")
     share, words = demo.progress(tmp_path)
-    assert share > begun and words.endswith("paper: stage 1, step 64 of 128")
+    assert share > begun and words.endswith("paper: stage 1, step 32 of 64")
     for name, (_, stages) in demo.CHAINS.items():
         for stage in stages:
             (export := tmp_path / name / f"stage{stage}/export").mkdir(parents=True)
@@ -36,11 +37,10 @@ def test_progress_follows_what_stages_write(tmp_path: Path) -> None:
     assert demo.progress(tmp_path) == (1, "recommended: done; paper: done")
 
 
-def test_the_recipe_has_the_steps_that_the_demo_counts() -> None:
+def test_the_steps_are_those_of_the_epochs() -> None:
     for stage, steps in demo.STEPS.items():
-        settings = parse(["--stage", str(stage)])
-        images = 8192  # of the embedded training split, see data/samples.py
-        assert round(settings.train.epochs * (images // settings.train.batch_size)) == steps
+        batch = parse(["--stage", str(stage)]).train.batch_size
+        assert round(demo.EPOCHS[stage] * (COUNTS["train"] // batch)) == steps
 
 
 def test_the_time_left_comes_from_what_was_measured() -> None:
@@ -55,4 +55,4 @@ def test_lines_where_no_terminal_watches(tmp_path: Path, capsys) -> None:
     with ThreadPoolExecutor(1) as pool:
         demo.watch(tmp_path, [pool.submit(time.sleep, 0.6)], time.monotonic())
     (line,) = capsys.readouterr().err.splitlines()
-    assert "about 0:04:30 left; recommended: stage 1 starts" in line
+    assert "about 0:04:00 left; recommended: stage 1 starts" in line
