@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
+.PHONY: help setup demo docs test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
 	bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation bench-step \
 	bench-start bench-loader wheel clean
 
@@ -18,8 +18,11 @@ help:  ## Show this list
 setup:  ## Build .venv and install what is missing (every other target does it too)
 	@tools/setup.sh
 
-demo: setup  ## Convert the embedded ViT through stages 1, 2, 3 and print one table (4 to 6 minutes on 2 cores)
+demo: setup  ## Convert the embedded ViT, by the recommended recipe and by the paper's: a table and a report (minutes)
 	$(PYTHON_VENV) -m benchmarks.demo $(ARGS)
+
+docs: setup  ## Build the documentation's site into site/, without a warning
+	$(VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
 
 test: setup  ## Run the tests, two files at a time
 	$(PYTHON_VENV) -m pytest tests -q --durations=20 -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -39,7 +42,7 @@ format: setup  ## Mend style and format
 	.venv/bin/ruff format .
 
 lock: setup  ## Write requirements.lock from pyproject.toml (ARGS=--upgrade takes newer versions)
-	.venv/bin/uv pip compile pyproject.toml --extra train --extra dev --universal --python-version 3.11 \
+	.venv/bin/uv pip compile pyproject.toml --group train --group dev --group docs --universal --python-version 3.11 \
 		--generate-hashes --no-config --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
 		-q -o requirements.lock $(ARGS)
 
@@ -90,5 +93,5 @@ wheel: setup  ## Build dist/unsoftmax-*.whl, which carries models/ alone
 	.venv/bin/python -m build --no-isolation --wheel
 
 clean:  ## Remove what tools left behind; keeps .venv and runs/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -6,19 +6,25 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parent.parent
 SCORES = {"miou": "mIoU", "top1": "top-1"}
 
 
-def run_stage(folder: Path, stage: int, options: list[str], threads: int) -> list[dict]:
+def run_stage(
+    folder: Path, stage: int, options: list[str], threads: int, say: Callable[[str], None] = print
+) -> list[dict]:
     """One stage in the run folder `folder`, with wandb off; done before, it is only read.
 
     Args:
         threads: of torch, for this process.
+        say: gets the line that it is done.
 
     Returns:
         The val lines of its metrics.jsonl: at the start first, at the end last.
@@ -44,7 +50,7 @@ def run_stage(folder: Path, stage: int, options: list[str], threads: int) -> lis
     lines = map(json.loads, (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
     evaluations = [line for line in lines if line["split"] == "val"]
     score = next(f"{words} {evaluations[-1][key]:.2f}" for key, words in SCORES.items() if key in evaluations[-1])
-    print(f"{folder.name}: stage {stage} done, {score}", flush=True)
+    say(f"{folder.name}: stage {stage} done, {score}")
     return evaluations
 
 
@@ -61,16 +67,19 @@ class Peak:
     given back at once, so that holes in the heap do not count; a pass takes longer meanwhile.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
+        import torch
+
         self.cuda = device if device.type == "cuda" else None
+        self._torch = torch.cuda
         self.restart()
-        self.before = torch.cuda.memory_allocated(self.cuda) if self.cuda else _resident("VmRSS")
+        self.before = self._torch.memory_allocated(self.cuda) if self.cuda else _resident("VmRSS")
 
     def restart(self) -> None:
         """Forget the peak so far."""
         if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.cuda)
+            self._torch.empty_cache()
+            self._torch.reset_peak_memory_stats(self.cuda)
         else:
             LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
             LIBC.malloc_trim(0)
@@ -79,7 +88,7 @@ class Peak:
     def __call__(self) -> int:
         """The bytes."""
         if self.cuda:
-            return torch.cuda.max_memory_allocated(self.cuda) - self.before
+            return self._torch.max_memory_allocated(self.cuda) - self.before
         LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # where the C library's own threshold ends up
         LIBC.mallopt(M_TRIM_THRESHOLD, 1 << 26)
         return _resident("VmHWM") - self.before

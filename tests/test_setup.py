@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import yaml
 from PIL import Image
 
 import models
+from trainer.ranks.world import DRIVERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,8 +43,9 @@ def test_lock_holds_names_versions_and_hashes_only():
 
 
 def test_lock_covers_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    parts = [*whole["project"]["optional-dependencies"].values(), *whole["dependency-groups"].values()]
+    wanted = [*whole["project"]["dependencies"], *(requirement for part in parts for requirement in part)]
     missing = {re.match(r"[\w.-]+", r)[0].lower() for r in wanted} - set(locked())
     assert not missing, f"run `make lock`: {sorted(missing)}"
 
@@ -73,13 +76,41 @@ def test_wheel_carries_models_alone(wheel):
     assert packed == ours, "a folder of models/ is not in [tool.setuptools] packages of pyproject.toml"
 
 
-def test_wheel_needs_torch_timm_and_einops_only(wheel):
+def metadata_of(wheel):
     (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    metadata = Parser().parsestr(wheel.read(path).decode())
+    return Parser().parsestr(wheel.read(path).decode())
+
+
+def test_wheel_needs_torch_timm_and_einops_only(wheel):
+    metadata = metadata_of(wheel)
     required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert {re.match(r"[\w.-]+", r)[0] for r in required} == {"torch", "timm", "einops"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
+
+
+def test_wheel_offers_extras_of_use_to_it_and_types(wheel):
+    metadata = metadata_of(wheel)
+    assert set(metadata.get_all("Provides-Extra")) == {"onnx", "mask2former"}  # no trainer comes with it
+    assert not re.search("deepspeed|ffcv|pytest", " ".join(metadata.get_all("Requires-Dist")))
+    assert "unsoftmax/py.typed" in wheel.namelist() and "Typing :: Typed" in metadata.get_all("Classifier")
+
+
+def test_one_version_is_named_everywhere(wheel):
+    version = metadata_of(wheel)["Version"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (newest, date), *_ = re.findall(r"^## \[(\d\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert version == models.__version__ == cited["version"] == newest
+    assert date == str(cited["date-released"])
+
+
+def test_the_container_has_what_the_lock_needs():
+    text = (ROOT / "containers/Dockerfile").read_text()
+    cuda = re.search(r"^ARG CUDA=(\d+)\.", text, re.MULTILINE)[1]
+    assert locked()["cuda-toolkit"].startswith(f"cuda-toolkit=={cuda}."), "torch is built for another CUDA"
+    assert f"driver {DRIVERS[cuda]} or newer" in text
+    for copied in re.findall(r"^COPY (\S+)", text, re.MULTILINE):
+        assert (ROOT / copied).exists(), copied
 
 
 def test_wheel_imports_outside_the_clone(wheel, tmp_path):

@@ -32,6 +32,11 @@ from trainer.stages import STAGES
 RECIPES = Path(__file__).parent / "recipes"
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+DESCRIPTION = (
+    "Convert a softmax ViT into a linear-attention one, a stage per run. Stages: 1, attention alignment; 2, feature "
+    "alignment; 3, supervised fine-tuning; probe, linear probes on every module; evaluate, a verdict on a model; all, "
+    "what is missing of 1, 2 and 3."
+)
 TASKS = tuple(task for tasks in STAGES.values() if isinstance(tasks, dict) for task in tasks)
 
 
@@ -195,7 +200,8 @@ def parse(argv: list[str] | None = None) -> Settings:
         raise UserError(str(error)) from error
     parser = Parser(
         prog="trainer/run.py",
-        description="Convert a softmax ViT into a linear-attention one, a stage per run.",
+        usage="%(prog)s --stage STAGE [--config RECIPE] [--run DIR] [--GROUP.SETTING VALUE ...]",
+        description=DESCRIPTION,
         print_config="--print_config",
     )
     parser.add_argument("--config", help="A recipe: a YAML file, or the name of one in trainer/recipes.")

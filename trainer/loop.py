@@ -110,7 +110,7 @@ def train(training: Training, step: int, steps: int) -> int:
         if step > saved:
             training.save(step)
         checkpoints.publish()
-        tracker.info(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
+        tracker.stopped(f"stopped by a signal at step {step} of {steps}, all is saved; run the same command again")
         return STOPPED
     return 0
 

@@ -16,14 +16,15 @@ from trainer.engine.optim import build_optimizer, build_schedule
 from trainer.engine.profile import Profile
 from trainer.loop import Training, train
 from trainer.output.folder import StageFolder
+from trainer.output.log import Log
 from trainer.output.tracking import Tracker
 from trainer.probe.quick import QuickProbe
 from trainer.ranks.errors import MachineError, explain
 from trainer.ranks.shared import check_shared
 from trainer.ranks.signals import STOPPED, StopFlag, Stopped
 from trainer.ranks.watchdog import MISTAKE, Watchdog
-from trainer.ranks.world import World, check_driver, join, leave, this_process
-from trainer.setup.build import Job, build, check_unchanged
+from trainer.ranks.world import World, building, check_driver, join, leave, this_process
+from trainer.setup.build import Job, build, check_unchanged, in_one_line
 from trainer.setup.dry_run import describe
 from trainer.setup.flops import flops_by_step
 from trainer.setup.inputs import loaders, reading_order
@@ -73,7 +74,8 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
         job = build(settings, me)
     if not settings.dry_run and not folder.complete:
         folder.claim(settings, me.rank)
-        return train_stage(settings, config, folder, job, me, should_stop)
+        with Log(folder.path, me.rank) as log:
+            return train_stage(settings, config, folder, job, me, should_stop, log)
     if me.rank == 0:
         if folder.complete:
             check_unchanged(settings, job, job.steps, *folder.exported())
@@ -83,10 +85,13 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
 
 
 def train_stage(
-    settings: Settings, config: dict, folder: StageFolder, job: Job, me: World, should_stop: StopFlag
+    settings: Settings, config: dict, folder: StageFolder, job: Job, me: World, should_stop: StopFlag, log: Log
 ) -> int:
     """Train, evaluate and export one stage."""
-    join(me)
+    if me.rank == 0:
+        print(building(), end="", file=sys.stderr, flush=True)
+    with log.printed():
+        join(me)
     check_shared(folder.path)
     checkpoints = Checkpoints(folder.checkpoints, settings.train.keep)
     found = checkpoints.newest()
@@ -120,8 +125,8 @@ def train_stage(
         image_size=job.export["input"]["image_size"], tokens=vit.patch_embed.num_patches + vit.num_prefix_tokens,
         prefix_tokens=vit.num_prefix_tokens, versions={name: version(name) for name in ("torch", "timm", "deepspeed")},
     )  # fmt: skip
-    tracker.info(f"stage {settings.stage}, {job.stage.name}: from {start}, to step {job.steps}")
-    tracker.info(f"{job.images}; settings of {', but '.join((settings.source, *settings.changed))}")
+    tracker.info(in_one_line(settings, job, me, start))
+    log.note(f"{job.images}; settings of {', but '.join((settings.source, *settings.changed))}")
     for note in job.notes:
         tracker.info(f"note: {note}")
     for engine_of in sharded:

@@ -1,6 +1,7 @@
 """The door: `deepspeed trainer/run.py --stage {1,2,3,probe,all} [--config RECIPE] [--group.name value ...]`."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,15 @@ def answer(ask: Callable[[], Any]) -> Any:
         sys.exit(2)
 
 
+def end_before_training(_number: int, _frame: object) -> None:
+    """Ctrl-C during the start: nothing has begun that could be lost. The trainer's own handler follows."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"stopped by a signal before training; run the same command again\n")
+    os._exit(75)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, end_before_training)
     if any(arg.split("=")[0] == "--cluster" for arg in sys.argv):
         # Before the rest is imported, which sets what a node is to choose for itself.
         from jobs.submit import main as submit

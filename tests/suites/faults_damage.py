@@ -298,7 +298,8 @@ def unshared(bench: Bench, number: int) -> list[Fault]:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "log.txt")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def _read_line(line: str) -> Any:

@@ -378,7 +378,11 @@ def test_no_space_left_for_a_checkpoint(small: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
     resumed = run_trainer(small, disk / "run", 2, *options)
     assert resumed.code == 0, resumed.err
-    assert f"from step {len(saved)}, to step 6" in resumed.err
+    line = f"stage 2, feature alignment: vit_tiny_patch16_224, elu1, from step {len(saved)}, to step 6; "
+    line += f"32 x 32 pixels, 17 tokens; batch 16 = 1 rank x 1 x 16; in {disk}/run/stage2\n"
+    assert line in resumed.err
+    log = (disk / "run/stage2/log.txt").read_text()
+    assert "DeepSpeed" in log and "areas averaged" in log and "DeepSpeed" not in resumed.out + resumed.err
     assert "warning" not in resumed.err.replace("[WARNING]", "")
     assert [line["step"] for line in resumed.lines("train")] == [1, 2, 3, 4, 5, 6]
     after = contents(checkpoints)

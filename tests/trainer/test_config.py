@@ -13,6 +13,7 @@ from tools.write_settings import page
 from trainer.config import RECIPES, Settings, UserError, as_dict, explained, first_difference, names, parse
 from trainer.main import main
 from trainer.output.folder import StageFolder
+from trainer.stages import STAGES
 
 
 def test_a_recipes_stage_section_is_laid_over_the_rest_and_the_command_line_over_both(tmp_path: Path) -> None:
@@ -184,3 +185,17 @@ def test_help_and_mistakes_import_nothing_heavy() -> None:
         code += "finally: print('heavy:', *{'torch', 'timm', 'ffcv'} & {*sys.modules})"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == status and "heavy:\n" in done.stdout, done.stdout + done.stderr
+
+
+def test_help_has_a_word_for_every_setting_and_names_the_stages(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    usage, described = said.split("\n\n")[:2]
+    assert usage.count("\n") < 2  # not all settings a second time
+    words = " ".join(described.split())
+    assert all(f"{stage}, " in words for stage in (*STAGES, "all"))
+    without = [name for name, text in explained(Settings) if not text.strip()]
+    assert not without
+    for name, _ in names(Settings):
+        assert f"--{name} " in said or f"--{name}," in said, name

@@ -25,6 +25,7 @@ from trainer.evaluate.cost import measure
 from trainer.evaluate.neighbours import labels_of, overlaps, votes
 from trainer.evaluate.plan import Plan, fits_head, inspect, make_plan, same
 from trainer.output.folder import StageFolder
+from trainer.output.log import Log
 from trainer.output.paths import write_aside
 from trainer.probe.barrier import Barrier
 from trainer.probe.features import extract
@@ -62,7 +63,8 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
     if me.rank == 0 and not is_same:
         begin_anew(folder.path)
         write_aside(kept_plan, json.dumps(record, indent=2))
-    join(me)
+    with Log(folder.path, me.rank) as log, log.printed():
+        join(me)
     check_shared(folder.path)
     if me.rank == 0:
         sources = ", ".join(f"{name} from {subject.source}" for name, subject in plan.subjects.items())

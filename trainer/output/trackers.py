@@ -16,6 +16,7 @@ from typing import Any
 from trainer.config import Settings, as_dict
 from trainer.output.settings import TRACKERS
 
+GRACE = 2.0  # seconds after which a failure is no consequence of a stop
 FINISH = 20.0  # seconds that a tracker has at the end; what wandb could not send by then stays in its folder
 
 
@@ -97,6 +98,7 @@ class Apart:
     def __init__(self, name: str, folder: Path, settings: Settings, step: int) -> None:
         self.name, self.kind = name, resolve_name(TRACKERS[name])
         self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self.stopping = threading.Event()  # a signal stopped the run, and most likely the tracker's own processes
         self._thread = threading.Thread(target=self._run, args=(folder, settings, step), name=name, daemon=True)
         self._thread.start()
 
@@ -126,7 +128,8 @@ class Apart:
                 call(tracker)
             tracker.finish()
         except BaseException as error:  # some of wandb's errors are no Exception
-            self._warn(f"is left off ({' '.join(str(error).split())})")
+            if not self.stopping.wait(GRACE):
+                self._warn(f"is left off ({' '.join(str(error).split())})")
 
     def _warn(self, what: str) -> None:
         print(f"warning: {self.name} {what}", file=sys.stderr, flush=True)

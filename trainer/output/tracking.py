@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.config import Settings, UserError
+from trainer.output.log import has_width
 from trainer.output.trackers import Apart
 
 
@@ -37,8 +38,8 @@ class Tracker:
         except OSError as error:
             raise self._unwritable(error, self.path) from error
         self.others = [Apart(name, folder, settings, step) for name in dict.fromkeys(settings.tracking)]
-        # None: shown on a terminal only.
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)
+        unwatched = not has_width(sys.stderr)
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=unwatched, dynamic_ncols=True, file=sys.stderr)
 
     def _keep_until(self, step: int) -> None:
         """Drop lines of steps that will be made again, and whatever is no line of ours: one cut by a kill, say."""
@@ -92,8 +93,9 @@ class Tracker:
             loss = float("nan") if line["loss"] is None else line["loss"]
             self.bar.set_postfix_str(f"loss {loss:.4g}  {speed}", refresh=False)
             return
-        known = {k: v for k, v in line.items() if not (v is None and k.startswith("mfu"))}  # a CPU has none
-        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items()]
+        told = {k: v for k, v in line.items() if "." not in k}  # what is told of each block is in the file
+        told = {k: v for k, v in told.items() if not (v is None and k.startswith("mfu"))}  # a CPU has none
+        said = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.items()]
         if line["split"] == "train":
             left = (self.bar.total - line["step"]) * self.batch_size / line["images_per_second"]
             said.append(f"left {timedelta(seconds=round(left))}")
@@ -149,6 +151,12 @@ class Tracker:
         if self.active:
             tqdm.write(message, file=sys.stderr)
             sys.stderr.flush()
+
+    def stopped(self, message: str) -> None:
+        """A signal stopped the run: a line for whoever watches. Trackers whose processes it ended say no more."""
+        for other in self.others:
+            other.stopping.set()
+        self.info(message)
 
     def close(self) -> None:
         """Flush everything."""

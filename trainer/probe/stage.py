@@ -14,6 +14,7 @@ import torch
 import data
 from trainer.config import Settings, user_errors
 from trainer.output.folder import StageFolder
+from trainer.output.log import Log
 from trainer.output.paths import write_aside
 from trainer.probe.barrier import Barrier
 from trainer.probe.features import extract
@@ -52,7 +53,8 @@ def run(settings: Settings, me: World, should_stop: StopFlag) -> int:
         return 0
     room = plan.store.check_room()
     folder.claim(settings, me.rank)
-    join(me)
+    with Log(folder.path, me.rank) as log, log.printed():
+        join(me)
     check_shared(folder.path)
     counts = [plan.counts]
     dist.broadcast_object_list(counts, src=0)  # the free space may have changed between the ranks' looks

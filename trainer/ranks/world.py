@@ -25,6 +25,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 # The engine imports DeepSpeed's Muon, three decorated functions that nobody calls here: 2 s, in which torch loads its
 # compiler to wrap them.
@@ -97,6 +98,14 @@ def check_driver() -> None:
         f"{socket.gethostname()} has {len(gpus)} NVIDIA GPU{'s' if gpus[1:] else ''} that torch cannot use: {reason}; "
         f"{needs}; to train on the CPU set DS_ACCELERATOR=cpu"
     )
+
+
+def building() -> str:
+    """A line for whoever waits, where DeepSpeed has first to compile what CPU ranks talk through; else nothing."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder") if not torch.cuda.is_available() else None
+    if builder is None or any(Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")).glob(f"{builder.NAME}/*.so")):
+        return ""
+    return "DeepSpeed compiles its collective for CPU ranks, once: up to a minute\n"
 
 
 def join(me: World) -> None:

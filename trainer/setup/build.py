@@ -12,6 +12,7 @@ import data
 import models
 from trainer.config import Settings, UserError, stage_of
 from trainer.engine.engine import accumulation
+from trainer.output.paths import stage_path
 from trainer.ranks.world import World
 from trainer.setup import resolution
 from trainer.setup.cache import inspect_data
@@ -113,6 +114,26 @@ def _in_words(settings: Settings, vit: models.ViT, given: dict[str, Any], ranks:
     return (
         f"images of {size} pixels, {tokens} tokens ({prefix} of them prefix), areas averaged, mean {mean}, std {std}; "
         f"batches of {batch}: {of_ranks} x {accumulate} x {batch // ranks // accumulate}"
+    )
+
+
+def in_one_line(settings: Settings, job: Job, me: World, start: str) -> str:
+    """What a run is, as its first line on the screen: model, tokens, how a batch is split, where it starts and writes.
+
+    Args:
+        start: where it starts from, in words.
+    """
+    vit, shown = models.backbone_of(job.stage.student), job.export["attention"]
+    size = " x ".join(map(str, resolution.pair(job.export["input"]["image_size"])))
+    tokens, batch = vit.patch_embed.num_patches + vit.num_prefix_tokens, settings.train.batch_size
+    accumulate, linear, depth = accumulation(settings, me.size), len(shown["linear_blocks"]), len(vit.blocks)
+    operator = " + ".join((shown["operator"], *shown["additions"])) if linear else "softmax"
+    blocks = f" in {linear} of {depth} blocks" if 0 < linear < depth else ""
+    split = f"{me.size} rank{'s' * (me.size > 1)} x {accumulate} x {batch // me.size // accumulate}"
+    return (
+        f"stage {settings.stage}, {job.stage.name}: {settings.teacher.name}, {operator}{blocks}, from {start}, to step "
+        f"{job.steps}; {size} pixels, {tokens} tokens; batch {batch} = {split}; "
+        f"in {stage_path(settings.run, settings.stage)}"
     )
 
 
