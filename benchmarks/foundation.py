@@ -37,9 +37,10 @@ NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
 # Name, options of both stages, of stage 1, of stage 2.
 STUDENTS = [
-    ("vanilla", "--student.operator elu1", "--train.lr 1e-3", "--train.lr 2e-4"),
-    ("recommended", "--student.operator focused", "--train.lr 1e-3", "--train.lr 2e-4"),
-]
+    ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 5e-5 --stage2.standardise false"),
+    ("recommended", "--student.operator hedgehog --student.additions [value_conv5]",
+     "--train.lr 3e-3 --train.lr_new 3", "--train.lr 5e-5 --stage2.standardise true"),
+]  # fmt: skip
 
 
 def write(source: Path, out: Path, *options: str) -> Path:
@@ -168,6 +169,7 @@ def main() -> None:
             files[f"camvid-{split}"] = write(camvid / "images" / split, out / f"data/camvid-{split}.beton", *options)
 
     common = ["--config", "own", "--teacher.name", name, "--teacher.weights", str(weights), "--tracking", "[]"]
+    common += ["--student.additions", "[]"]  # the recipe has some
     common += ["--train.seed", str(args.seed), "--train.bf16", args.bf16, "--deepspeed", "ds_configs/zero1.json"]
     align = ["--data.train", str(files["photos"]), "--data.val", str(files["caltech101-val"])]
     align += ["--data.image_size", str(args.size), "--train.batch_size", str(args.batch)]
