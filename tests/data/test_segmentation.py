@@ -353,7 +353,7 @@ def test_every_image_once_at_its_original_size(blocks):
     rest = list(loaders[0].epoch(start=4))
     assert [batch["index"].tolist() for batch in rest] == [batch["index"].tolist() for batch in batches[0][4:]]
     chosen = original_loader(blocks, batch_size=3, indices=np.array([5, 30, 2]), **SAME)
-    assert sorted(i for batch in chosen._share(0, 0)[0] for i in batch) == [2, 5, 30]
+    assert sorted(i for b in chosen.epoch() for i in b["index"][b["valid"]].tolist()) == [2, 5, 30]
 
 
 def test_written_and_described(tmp_path, capsys):
