@@ -33,8 +33,8 @@ def spills(said: dict[str, Any]) -> list[dict[str, Any]]:
     """Of `benchmarks.kernels`, whose keys are kernel-passes-map-head dimension-architecture."""
     found: dict[str, int] = {}
     for key, built in said.items():
-        _, _, kind, head_dim, architecture = re.fullmatch(r"(\w+)-(\w+)-(.+)-(\d+)-(\d+)", key).groups()
-        words = f"no spills on sm_{architecture} at head dimension {head_dim}, {kind}"
+        name, _, kind, head_dim, architecture = re.fullmatch(r"(\w+)-(\w+)-(.+)-(\d+)-(\d+)", key).groups()
+        words = f"no spills on sm_{architecture} at head dimension {head_dim}: {kind}, {name}"
         found[words] = max(found.get(words, 0), built["spills"])
     return [claim(words, worst, 0, "bytes") for words, worst in found.items()]
 
