@@ -100,6 +100,9 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the second probe, on 49,000 images")
     parser.add_argument("--json", action="store_true", help="print a JSON object in place of the tables")
     args = parser.parse_args()
+    for path in (args.images, args.teacher):
+        if not path.exists():
+            parser.error(f"{path}: no such file")
     args.out, args.teacher = args.out.resolve(), args.teacher.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     files = prepare(args.images.resolve(), args.out)
