@@ -8,8 +8,8 @@ SHELL := /bin/bash
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTHON_VENV := $(VENV) .venv/bin/python
 
-.PHONY: help setup demo docs test faults cluster-test lint format lock bench-stages bench-saving bench-order bench-probe \
-	bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation bench-step \
+.PHONY: help setup demo docs test faults cluster-test lint format lock bench bench-stages bench-saving bench-order \
+	bench-probe bench-recipes bench-foundation bench-gpu bench-kernels bench-resolution bench-scaling bench-segmentation bench-step \
 	bench-start bench-loader wheel clean
 
 help:  ## Show this list
@@ -45,6 +45,9 @@ lock: setup  ## Write requirements.lock from pyproject.toml (ARGS=--upgrade take
 	.venv/bin/uv pip compile pyproject.toml --group train --group dev --group docs --universal --python-version 3.11 \
 		--generate-hashes --no-config --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
 		-q -o requirements.lock $(ARGS)
+
+bench: setup  ## Run every benchmark that needs no GPU, briefly: one table, runs/bench.md too (at most 20 minutes on 2 cores)
+	$(PYTHON_VENV) -m benchmarks.all $(ARGS)
 
 bench-stages: setup  ## Measure what each stage buys (ARGS name the data and the teacher)
 	$(PYTHON_VENV) -m benchmarks.stages $(ARGS)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,32 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def claim(
+    words: str,
+    ours: float,
+    target: float | None,
+    unit: str = "",
+    *,
+    peer: float | None = None,
+    ratio: float | None = None,
+    at_least: bool = False,
+) -> dict[str, Any]:
+    """A row of `benchmarks.all`: what a benchmark says, for its --json.
+
+    Args:
+        ours: the figure, in `unit`; where there is a peer, its figure stands beside.
+        target: of the ratio, or of `ours` where there is no peer. None: there is none.
+        ratio: ours over the peer's by default.
+        at_least: the target is a floor; else it is a ceiling.
+    """
+    if ratio is None and peer is not None:
+        ratio = ours / peer
+    judged = ours if ratio is None else ratio
+    met = None if target is None else judged >= target if at_least else judged <= target
+    return {"claim": words, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target,
+            "at_least": at_least, "met": met}  # fmt: skip
 
 
 class Peak:

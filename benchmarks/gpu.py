@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import ROOT, Peak, markdown
+from benchmarks.resolution import FASTER
 from models import linearize
 from models.operators import Shape, build_operator
 from models.operators.core import implementation
@@ -31,7 +32,6 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16
 OPERATORS = ("elu1", "focused", "focused_learned", "hedgehog")
-TARGETS = {256: 1.0, 512: 1.5, 1024: 2.5, 2048: 5.0}  # softmax's time over linear's
 
 
 def wait() -> None:
@@ -161,7 +161,7 @@ def models_table(names: list[str], sizes: list[int], operator: str, tokens: int,
                     continue
                 turns = [{kind: seconds(call, least / 3) for kind, call in calls.items()} for _ in range(3)]
                 softmax, linear = (statistics.median(turn[kind] for turn in turns) for kind in vits)
-                target = TARGETS.get(size)
+                target = FASTER.get(size)
                 met = "" if target is None else f"{target:g}: {'met' if softmax / linear >= target else 'missed'}"
                 rows.append([name, f"{size}", f"{count:,}", f"{batch}", f"{1e3 * softmax / batch:.3f}",
                              f"{1e3 * linear / batch:.3f}", f"{softmax / linear:.2f}", met,

@@ -8,6 +8,7 @@ Then comes the peak memory of the program itself, features and probes, on 10,000
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from benchmarks.common import ROOT, markdown
+from benchmarks.common import ROOT, claim, markdown
 from benchmarks.stages import prepare
 from models import BLOCK_MODULES
 from trainer.config import parse
@@ -97,7 +98,11 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=BLOCK_MODULES, choices=BLOCK_MODULES)
     parser.add_argument("--blocks", type=int, nargs="+", default=range(6))
     parser.add_argument("--no-memory", action="store_true", help="leave out the second probe, on 49,000 images")
+    parser.add_argument("--json", action="store_true", help="print a JSON object in place of the tables")
     args = parser.parse_args()
+    for path in (args.images, args.teacher):
+        if not path.exists():
+            parser.error(f"{path}: no such file")
     args.out, args.teacher = args.out.resolve(), args.teacher.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     files = prepare(args.images.resolve(), args.out)
@@ -116,6 +121,13 @@ def main() -> None:
         for tap, value in top1.items():
             apart = max(apart, abs(value - their_top1[tap]))
             rows.append([tap, f"{value:.2f}", f"{their_top1[tap]:.2f}", f"{value - their_top1[tap]:+.2f}"])
+    if args.json:
+        said = [
+            claim(f"probes of {len(rows)} modules, time over scikit-learn's", mine, 1.0, "s", peer=other),
+            claim("the same, largest difference in top-1", apart, None, "points"),
+        ]
+        print(json.dumps({"rows": said}))
+        return
     print(f"\n{markdown(['module', 'top-1, ours', 'scikit-learn', 'difference'], rows)}")
     print(f"{len(rows)} modules: {mine:.1f} s, scikit-learn {other:.1f} s, ratio {other / mine:.1f}; "
           f"largest difference {apart:.2f} points")  # fmt: skip

@@ -13,21 +13,24 @@ multiplication and an addition are two.
 import argparse
 import copy
 import itertools
+import json
 import math
 import os
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Peak, markdown
+from benchmarks.common import Peak, claim, markdown
 from models import linearize
 
 PASSES = {"forward": False, "forward and backward": True}
+FASTER = {256: 1.0, 512: 1.5, 1024: 2.5, 2048: 5.0}  # linear over softmax, at least; pixels
 TARGETS = {"time": 1.1, "memory": 1.05}  # growth exponents of linear attention
 LEAST_TOKENS = 1000  # exponents are fitted from here on
 LONG = 60.0  # seconds of a pass that is not made again
@@ -185,6 +188,18 @@ def report(bench: Bench, cases: list[Case], sizes: list[int]) -> str:
     return "\n".join(said)
 
 
+def claims(bench: Bench, cases: list[Case], sizes: list[int], model: str) -> list[dict[str, Any]]:
+    """The rows of `benchmarks.all`."""
+    found = {(case.attention, case.size, case.backward): case for case in cases}
+    rows = []
+    for title, backward in PASSES.items():
+        for size in sizes:
+            softmax, linear = (1 / found[attention, size, backward].time for attention in bench.vits)
+            words = f"{model}, {size} pixels, {title}: linear over softmax"
+            rows.append(claim(words, linear, FASTER.get(size), "images/s", peer=softmax, at_least=True))
+    return rows
+
+
 COLUMNS = ["pixels", "tokens", "batch", "GFLOPs softmax", "linear", "images/s softmax", "linear", "linear / softmax",
            "MiB an image softmax", "linear", "linear / softmax", "passes"]  # fmt: skip
 
@@ -201,6 +216,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of a case; at least one pass")
     parser.add_argument("--rounds", type=int, default=9, help="passes of a case at most")
     parser.add_argument("--most", type=int, default=1024, help="images of the batch that fills a GPU, at most")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables; batch 1")
     options = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     if not cuda:
@@ -212,13 +228,17 @@ def main() -> None:
         bench.run(Case(attention, options.sizes[0], True, 1), first=False)
     combinations = list(itertools.product(options.sizes, PASSES.values(), bench.vits))
     batches = {"batch 1": lambda *_: 1}
-    if cuda:
+    if cuda and not options.json:
         batches["the batch that fills the GPU"] = lambda *case: bench.filling_batch(*case, options.most)
     where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU thread(s)"
-    print(f"{options.model}, {options.dtype}, {where}, torch {torch.__version__}\n")
+    if not options.json:
+        print(f"{options.model}, {options.dtype}, {where}, torch {torch.__version__}\n")
     for name, batch_of in batches.items():
         cases = [Case(a, size, backward, batch_of(a, size, backward)) for size, backward, a in combinations]
         measure(bench, cases, options.seconds, options.rounds)
+        if options.json:
+            print(json.dumps({"rows": claims(bench, cases, options.sizes, options.model)}))
+            return
         print(f"{name}, {report(bench, cases, options.sizes)}", flush=True)
     print(f"{time.monotonic() - began:.0f} s")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import data
-from benchmarks.common import ROOT, markdown
+from benchmarks.common import ROOT, claim, markdown
 from benchmarks.memory import MemoryLoader
 from models import linearize, match_dtypes
 from trainer.config import Settings, parse, stage_of
@@ -172,12 +172,7 @@ def rows_of(which: str, turns: Turns) -> list[dict[str, Any]]:
     """Claim, seconds of ours and of the peer, ratio, target, whether it is met."""
     pairs = [(f"stage {which}: our loop over a bare DeepSpeed loop", "bare", LOOP)]
     pairs += [(f"stage {which}: a step over one forward pass of the teacher", "teacher", STEPS[which])]
-    rows = []
-    for claim, peer, target in pairs:
-        ratio = turns.of("ours") / turns.of(peer)
-        row = {"claim": claim, "ours": turns.of("ours"), "peer": turns.of(peer), "ratio": ratio, "target": target}
-        rows.append(row | {"met": ratio <= target})
-    return rows
+    return [claim(words, turns.of("ours"), target, "s", peer=turns.of(peer)) for words, peer, target in pairs]
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -70,6 +70,11 @@ def _quotient(
     return out, norm_BHN1, state_BHFK, total_BHF
 
 
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of rows, [..., 1]. A matrix times one column takes a CPU as long as times 64 of them."""
+    return (x * y).sum(dim=-1, keepdim=True)
+
+
 class _Attend(torch.autograd.Function):
     """`_quotient` of the features of q and k. Backward keeps q, k, v and the state, and makes the features again.
 
@@ -84,33 +89,35 @@ class _Attend(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(features: Callable, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        features: Callable, vjp: Callable, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         with without_autocast(v):
             return _quotient(*features(q, k, *weights), v)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        ctx.features, q, k, v, *weights = inputs
+        _, ctx.vjp, q, k, v, *weights = inputs
         ctx.save_for_backward(q, k, v, *output[2:], *weights)
 
     @staticmethod
     def backward(ctx, dy: Tensor, dd: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, state_BHFK, total_BHF, *weights = ctx.saved_tensors
         with without_autocast(v):
-            (f, g), pullback = torch.func.vjp(ctx.features, q, k, *weights)
-            total_BHF1 = total_BHF.unsqueeze(-1)
-            norm = f @ total_BHF1
+            (f, g), pullback = ctx.vjp(q, k, *weights)
+            total_BH1F = total_BHF.unsqueeze(-2)
+            norm = _products(f, total_BH1F)
             floor = norm.clamp_min(EPS)
             u = wide(dy) / floor
             df = u @ state_BHFK.transpose(-2, -1)
-            dd = dd - (f * df).sum(-1, keepdim=True) / floor * (norm >= EPS)
-            df = df + dd * total_BHF1.transpose(-2, -1)
+            dd = dd - _products(f, df) / floor * (norm >= EPS)
+            df = torch.addcmul(df, dd, total_BH1F)
             dS = dS + f.transpose(-2, -1) @ u
-            dz = dz.unsqueeze(-1) + f.transpose(-2, -1) @ dd
-            dg = wide(v) @ dS.transpose(-2, -1) + dz.transpose(-2, -1)
+            dz = dz.unsqueeze(-2) + (f * dd).sum(-2, keepdim=True)
+            dg = wide(v) @ dS.transpose(-2, -1) + dz
             dv = (g @ dS).to(v.dtype)
             dq, dk, *d_weights = pullback((df, dg))
-        return None, dq, dk, dv, *d_weights
+        return None, None, dq, dk, dv, *d_weights
 
 
 @torch.fx.wrap
@@ -139,8 +146,13 @@ def _with_torch(
     def features(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return FEATURES[name](q, k, *weights, *numbers)
 
+    def vjp(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[tuple[Tensor, Tensor], Callable]:
+        if own := FEATURES_VJP.get(name):
+            return own(q, k, *weights, *numbers)
+        return torch.func.vjp(features, q, k, *weights)
+
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return _Attend.apply(features, q, k, v, *weights)[:2]
+        return _Attend.apply(features, vjp, q, k, v, *weights)[:2]
     with without_autocast(v):  # a compiler chooses by itself what it keeps for backward
         return _quotient(*features(q, k, *weights), v)[:2]
 
@@ -186,6 +198,7 @@ def implementation(name: str) -> Iterator[None]:
 
 
 FEATURES: dict[str, Callable] = {}
+FEATURES_VJP: dict[str, Callable] = {}  # where an operator has one of its own
 
 
 class Operator(nn.Module):
@@ -202,6 +215,9 @@ class Operator(nn.Module):
 
     def __init_subclass__(cls) -> None:
         FEATURES[cls.__name__] = cls.features
+        beside = next(vars(base) for base in cls.__mro__ if "features" in vars(base))
+        if "features_vjp" in beside:
+            FEATURES_VJP[cls.__name__] = cls.features_vjp
         cls.argument_names = tuple(inspect.signature(cls.features).parameters)[2:]
 
     @staticmethod
@@ -211,6 +227,9 @@ class Operator(nn.Module):
         What it takes after q and k are attributes of the operator: parameters, and then floats.
         """
         raise NotImplementedError
+
+    # A static method `features_vjp` beside `features` takes the same and returns what `torch.func.vjp` does, in fewer
+    # passes. It is made of differentiable operations, for second derivatives.
 
     @torch.jit.ignore
     def alignment_parameters(self) -> Iterator[nn.Parameter]:

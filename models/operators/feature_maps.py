@@ -1,9 +1,12 @@
 """Operators that are a feature map alone: softmax(q k^T) is replaced by phi(q) phi(k)^T."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import WHOLE_POWERS
 from .core import Operator, Shape, wide
 
 TINY = 1e-30  # in place of zero where one divides or takes the logarithm
@@ -14,12 +17,30 @@ def elu1(x: Tensor) -> Tensor:
     return F.elu(wide(x)) + 1
 
 
+def elu1_vjp(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`elu1` and its pullback: the derivative is exp(x) = elu1(x) up to 0, and 1 from there."""
+    a = elu1(x)
+    return a, lambda da: (da * a.clamp(max=1)).to(x.dtype)
+
+
+def alike(vjp: Callable) -> Callable:
+    """The `features_vjp` of an operator whose map of q and of k is one; `vjp` is the map's."""
+
+    def both(q: Tensor, k: Tensor, *how: float) -> tuple[tuple[Tensor, Tensor], Callable]:
+        (f, back_q), (g, back_k) = vjp(q, *how), vjp(k, *how)
+        return (f, g), lambda d: (back_q(d[0]), back_k(d[1]))
+
+    return both
+
+
 class Elu1(Operator):
     """phi(x) = elu(x) + 1, from "Transformers are RNNs", arXiv 2006.16236, equation 7. F = K, always positive."""
 
     @staticmethod
     def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return elu1(q), elu1(k)
+
+    features_vjp = staticmethod(alike(elu1_vjp))
 
 
 class ReLU(Operator):
@@ -46,6 +67,52 @@ def log(x: Tensor, tiny: float = TINY) -> Tensor:
     return x.clamp_min(tiny).log()
 
 
+def raised(x: Tensor, power: float, most: int = WHOLE_POWERS[-1]) -> Tensor:
+    """x ** power, x >= 0. For a whole number up to `most` by products, which take a CPU less time than `log`."""
+    exponent = int(power)
+    if power != exponent or not 1 <= exponent <= most:
+        return (power * log(x)).exp()
+    bit = 1
+    while 2 * bit <= exponent:
+        bit = 2 * bit
+    out = x
+    while bit > 1:
+        bit = bit // 2
+        out = out * out
+        if exponent & bit:
+            out = out * x
+    return out
+
+
+def focused(x: Tensor, power: float) -> Tensor:
+    """`Focused`'s map."""
+    x = elu1(x)
+    return with_norm_of(raised(unit(x), power), x)
+
+
+def focused_vjp(x: Tensor, power: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`focused` and its pullback.
+
+    With a = elu1(x), u = a / max a, w = u^P and s = |u| / |w| it is f = s w max a, and as the maximum cancels
+
+        da = P s u^(P-1) (df - (df . w / |w|^2) w) + (df . w / (|u| |w|)) u.
+    """
+    a = elu1(x)
+    largest = a.amax(-1, keepdim=True).clamp_min(TINY)
+    u = a / largest
+    slope = raised(u, power - 1) if power > 1 else torch.ones_like(u)
+    w = slope * u
+    of_u, of_w = (torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(TINY) for y in (u, w))
+
+    def back(df: Tensor) -> Tensor:
+        along = (df * w).sum(-1, keepdim=True) / of_w
+        da = torch.addcmul(df, w, -along / of_w) * slope
+        da = torch.addcmul(u * (along / of_u), da, power * of_u / of_w)
+        return (da * a.clamp(max=1)).to(x.dtype)
+
+    return w * (largest * of_u / of_w), back
+
+
 class Focused(Operator):
     """phi(x) = x'^P |x'| / |x'^P| with x' = elu(x) + 1: the focusing of FLatten, arXiv 2308.00442, equation 5. F = K.
 
@@ -60,8 +127,9 @@ class Focused(Operator):
 
     @staticmethod
     def features(q: Tensor, k: Tensor, power: float) -> tuple[Tensor, Tensor]:
-        q, k = elu1(q), elu1(k)
-        return with_norm_of((power * log(unit(q))).exp(), q), with_norm_of((power * log(unit(k))).exp(), k)
+        return focused(q, power), focused(k, power)
+
+    features_vjp = staticmethod(alike(focused_vjp))
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.features(q, k, self.power)

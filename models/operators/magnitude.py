@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .core import Operator, wide
-from .feature_maps import elu1
+from .feature_maps import alike, elu1, elu1_vjp
 
 torch.fx.wrap("wide")  # a leaf of a graph, because it looks at a dtype
 
@@ -15,6 +15,8 @@ class Magnitude(Operator):
     @staticmethod
     def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return elu1(q), elu1(k)
+
+    features_vjp = staticmethod(alike(elu1_vjp))
 
     def parts(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted mean [B, H, N, K], plain mean [B, H, 1, K] and z [B, H, N, 1], in at least fp32."""

@@ -29,7 +29,8 @@ from models import (
     taps,
 )
 from models.operators import Shape, build_additions, build_operator
-from models.operators.core import EPS, wide
+from models.operators.core import EPS, FEATURES, wide
+from models.operators.feature_maps import elu1
 from tests.models import naive
 from tests.support.largest import LargestTensor
 
@@ -121,6 +122,30 @@ def test_second_derivatives(name):
     args = inputs(5, B=1, H=1, K=4, D=6)
     assert gradcheck(lambda *a: op(*a, (1, 5)), args)
     assert gradgradcheck(lambda *a: op(*a, (1, 5)), args)
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 5.5, 8, 16, 17])
+def test_powers_by_products_and_by_logarithms(power):
+    """Derivatives of the hand-written pullback too, the second ones where both ways begin."""
+    op, args = build_operator("focused", Shape(12, 3, 8), {"power": power}).double(), inputs(9)
+    check_equal(op(*args, (3, 3)), naive.OPERATORS["focused"](op, *args, (3, 3)), args)
+    q, k, v, x = (t.float() for t in args)
+    torch.testing.assert_close(op(q, k, v, x, (3, 3)), op(*args, (3, 3)).float(), rtol=1e-5, atol=1e-6)
+    if power in (1, 5.5):
+        assert gradgradcheck(lambda *a: op(*a, (1, 3)), inputs(3, B=1, H=1, K=4, D=6))
+
+
+def test_features_of_a_subclass_do_not_take_the_derivative_of_others():
+    class Halved(OPERATORS["elu1"]):
+        @staticmethod
+        def features(q, k):
+            return elu1(q / 2), elu1(k / 2)
+
+    args = inputs(9)
+    q, k, v, x = args
+    wanted = build_operator("elu1", Shape(12, 3, 8))(q / 2, k / 2, v, x, (3, 3))
+    check_equal(Halved(Shape(12, 3, 8))(*args, (3, 3)), wanted, args)
+    del FEATURES["Halved"]
 
 
 @pytest.mark.parametrize("name", ["elu1", "relu"])

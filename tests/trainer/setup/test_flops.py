@@ -51,7 +51,7 @@ def test_flops_are_those_of_the_formulas() -> None:
     found = count_flops(stage_of("2"), SIZE, torch.float32)
     assert found.teacher == teacher
     # Backward takes twice forward, without the gradient of the images; the loss reads no head. The operator's makes
-    # the normaliser again, and five products of the state's size, see `models.operators.core._Attend`.
+    # four products of the state's size, see `models.operators.core._Attend`.
     operator = found.operator
     assert LINEAR * 2.5 * DEPTH <= operator <= LINEAR * 3.2 * DEPTH
     rest = sum(parts.values()) - parts["attention"] - parts["head"]
