@@ -54,8 +54,8 @@ BENCHMARKS = {
     "step": Benchmark(["-m", "benchmarks.step"], 320, threads=1),
     "start": Benchmark(["-m", "benchmarks.start", "--repeats", "2"], 150, threads=1),
     "loader": Benchmark(["-m", "benchmarks.loader", "--images", "512"], 180, ["-m", "benchmarks.loader", "--tiny"]),
-    "saving": Benchmark(["-m", "benchmarks.saving", "--rounds", "2"], 240),
-    "probe": Benchmark(["-m", "benchmarks.probe", "--blocks", "0", "--no-memory"], 90),
+    "saving": Benchmark(["-m", "benchmarks.saving", "--model", "vit_tiny_patch16_224", "--rounds", "1"], 130),
+    "probe": Benchmark(["-m", "benchmarks.probe", "--blocks", "0", "--no-memory"], 210),
     "resolution": Benchmark(
         ["-m", "benchmarks.resolution", "--sizes", "256", "512", "--seconds", "4", "--rounds", "5"], 120,
         ["-m", "benchmarks.resolution", "--model", "test_vit", "--sizes", "32", "--seconds", "0", "--rounds", "1"],
@@ -142,4 +142,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
     sys.exit(main())

@@ -88,7 +88,7 @@ def main() -> None:
         shutil.rmtree(folder)
     peer, whole = (statistics.median(values["deepspeed"]) for values in (still, total))
     if options.json:
-        words = "training stands still for a checkpoint, over DeepSpeed's own"
+        words = f"{options.model}: training stands still for a checkpoint, over DeepSpeed's own"
         print(json.dumps({"rows": [claim(words, statistics.median(still["ours"]), 1.0, "s", peer=peer)]}))
         return
     rows = []
