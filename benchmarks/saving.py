@@ -38,14 +38,16 @@ def main() -> None:
     me = this_process()
     join(me)
     vit = timm.create_model(options.model, num_classes=1000)
+    bf16 = me.device.type == "cuda"  # many CPUs emulate it
     config = {
         "train_batch_size": BATCH,
         "zero_optimization": {"stage": 1},
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
     }
     engine = build_engine(vit, AdamW([{"params": list(vit.parameters())}]), config)
-    images = torch.randn(BATCH, *vit.pretrained_cfg["input_size"], dtype=torch.bfloat16, device=me.device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    images = torch.randn(BATCH, *vit.pretrained_cfg["input_size"], dtype=dtype, device=me.device)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     checkpoints = Checkpoints(folder / "ours", 2)
 
