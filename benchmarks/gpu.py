@@ -86,7 +86,7 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
         qkv = torch.randn(B, N, 3, H, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
         least_bytes = [qkv.numel() // 3 * qkv.element_size() * n for n in (4, 7)]
         calls: dict[str, tuple[str, Callable]] = {"softmax, SDPA": ("torch", F.scaled_dot_product_attention)}
-        if N == shapes[0][1] and (peer := elu1_peer()):  # it tunes itself for minutes for each length
+        if shapes[0][1] == N and (peer := elu1_peer()):  # it tunes itself for minutes for each length
             calls["elu1, flash-bidirectional-linear-attention"] = ("torch", peer)
         for name in OPERATORS:
             op = build_operator(name, Shape(H * K, H, K)).to(DEVICE)
