@@ -241,7 +241,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     attention = {"operator": "focused", "kwargs": {"power": 6}, "additions": [], "linear_blocks": [0, 1, 2, 3]}
     given = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9, "interpolation": "bicubic"}
     config = {"backbone": {"name": "vit_tiny_patch16_224", "kwargs": kwargs}, "attention": attention, "input": given}
-    for run in ("default/stage2", "mine/stage3", "demo/recommended/stage3"):
+    for run in ("default/stage2", "mine/stage3", "demo/recommended/stage2"):
         export = f"runs/{run}/export"
         models.save(folder / export, student.state_dict(), config | {"lineage": {}, "classes": ["cat", "dog", "owl"]})
     Image.new("RGB", (50, 40), "teal").save(folder / "photo.jpg")
