@@ -29,7 +29,7 @@ def test_progress_follows_what_stages_write(tmp_path: Path) -> None:
     assert demo.progress(tmp_path)[0] == begun > 0
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().rpartition("\n")[0] + "\n")
     share, words = demo.progress(tmp_path)
-    assert share > begun and words.endswith("paper: stage 1, step 32 of 64")
+    assert share > begun and words.endswith(f"paper: stage 1, step 32 of {demo.STEPS[1]}")
     for name, (_, stages) in demo.CHAINS.items():
         for stage in stages:
             (export := tmp_path / name / f"stage{stage}/export").mkdir(parents=True)
