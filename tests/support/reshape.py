@@ -3,10 +3,8 @@
 `python tests/support/reshape.py FOLDER` leaves one checkpoint folder a try in FOLDER/<number>, for test_checkpoint.py.
 """
 
-import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -15,6 +13,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from tests.support.ranks import forked
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import AdamW
@@ -83,23 +82,7 @@ def main(folder: Path) -> int:
     """Each try in ranks of its own; returns the exit status."""
     source = None
     for number, (ranks, zero) in enumerate(TRIES):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        children = []
-        for rank in range(ranks):
-            children.append(os.fork())
-            if children[-1] == 0:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-                try:
-                    run_rank(zero, source, folder / str(number))
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-        failed = sum(os.waitpid(child, 0)[1] != 0 for child in children)
-        if failed:
+        if not forked(ranks, partial(run_rank, zero, source, folder / str(number))):
             return 1
         source = folder / str(number)
     return 0

@@ -8,7 +8,6 @@ name (`.to("cpu", copy=True)`); so what would wait for a GPU is seen without one
 """
 
 import json
-import os
 import sys
 import tempfile
 import traceback
@@ -29,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.step import arguments as command_line
 from benchmarks.step import build_stage, compare, engine_of, memory_loader, parse_options, training_of
-from tests.support.zygote import free_port
+from tests.support.ranks import forked
 from trainer.config import parse
 from trainer.loop import Training, train
 from trainer.ranks.world import World, deepspeed, join, this_process
@@ -185,23 +184,11 @@ def run_rank(folder: Path) -> None:
 
 def main(ranks: int) -> int:
     """The ranks, forked; returns the exit status."""
-    port, children = free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         if ranks == 1:  # a fork could not use a GPU
             run_rank(Path(folder))
             return 0
-        for rank in range(ranks):
-            children.append(os.fork())
-            if children[-1] == 0:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-                try:
-                    run_rank(Path(folder))
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-        return int(sum(os.waitpid(child, 0)[1] != 0 for child in children) > 0)
+        return 0 if forked(ranks, lambda: run_rank(Path(folder))) else 1
 
 
 if __name__ == "__main__":
