@@ -76,7 +76,7 @@ def _linear_attention(
     def launch(passes: Any, sums: tuple[Tensor, Tensor]) -> None:
         kernels.forward_kernel[grid](
             q, k, v, q_map, k_map, power, shift, *sums, out, norm, H, N, K**-0.25, *_strides(q, k, v, out), n,
-            PASSES=passes, KEEP=keep, **how,
+            PASSES=passes, KEEP=keep and at_once, **how,
         )  # fmt: skip
 
     if at_once:
