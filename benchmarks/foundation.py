@@ -37,7 +37,7 @@ NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
 # Name, options of both stages, of stage 1, of stage 2.
 STUDENTS = [
-    ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 5e-5 --stage2.standardise false"),
+    ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 5e-5"),
     ("recommended", "--student.operator hedgehog --student.additions [value_conv5]",
      "--train.lr 3e-3 --train.lr_new 3", "--train.lr 5e-5 --stage2.standardise true"),
 ]  # fmt: skip
@@ -169,11 +169,12 @@ def main() -> None:
             files[f"camvid-{split}"] = write(camvid / "images" / split, out / f"data/camvid-{split}.beton", *options)
 
     common = ["--config", "own", "--teacher.name", name, "--teacher.weights", str(weights), "--tracking", "[]"]
-    common += ["--student.additions", "[]"]  # the recipe has some
+    common += ["--student.additions", "[]"]
     common += ["--train.seed", str(args.seed), "--train.bf16", args.bf16, "--deepspeed", "ds_configs/zero1.json"]
     align = ["--data.train", str(files["photos"]), "--data.val", str(files["caltech101-val"])]
     align += ["--data.image_size", str(args.size), "--train.batch_size", str(args.batch)]
     align += ["--train.warmup_steps", str(args.warmup), "--train.log_every", "10"]
+    align += ["--train.lr_new", "1", "--stage2.standardise", "false"]  # the recipe's own choices are a student's here
     search = Search(out, args.jobs, [*common, *align], args.epochs)
     students = {name: rest for name, *rest in args.student or STUDENTS}
     first = {
