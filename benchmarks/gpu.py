@@ -2,16 +2,18 @@
 
 Attention alone: forward, and backward, of q, k, v as a packed projection gives them, against torch's flash attention,
 against the same operator of torch's products, and against flash-bidirectional-linear-attention where that is installed
-(`flash_bla`, whose call gets features, so that the feature map is timed with it). The share is of the time in which a
-copy moves the least bytes that attention needs.
+(`flash_bla`, whose call gets features, so that the feature map is timed with it). Forward is timed in a CUDA graph. The
+share is of the time in which a copy moves the least bytes that attention needs.
 
-Whole models: forward in bf16, blocks compiled, in a CUDA graph, softmax (flash) beside linear, in turns. At one image,
-and at as many images as make --tokens. Memory is what a forward and backward pass of one image adds.
+Whole models: forward in bf16, blocks compiled, in a CUDA graph, in turns: softmax (flash), linear, and the same model
+whose attention returns v, which is the most that any attention can win. At one image, and at as many images as make
+--tokens. Memory is the peak of one image with weights, and for training with gradients.
 
 Figures are medians. Without a GPU all of it runs in torch's own products, which only shows that it runs.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -40,11 +42,13 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], object], least: float) -> float:
-    """Median of single calls, for about `least` seconds after a warm-up."""
+def seconds(call: Callable[[], object], least: float, graph: bool = False) -> float:
+    """Median of single calls, for about `least` seconds after a warm-up; `graph`: without what the host does."""
     if CUDA:
-        from triton.testing import do_bench
+        from triton.testing import do_bench, do_bench_cudagraph
 
+        if graph:
+            return do_bench_cudagraph(call, rep=1e3 * least, return_mode="median") / 1e3
         return do_bench(call, warmup=1e3 * least / 5, rep=1e3 * least, return_mode="median") / 1e3
     taken = []
     while sum(taken) < least or len(taken) < 3:
@@ -73,7 +77,7 @@ def elu1_peer() -> Callable | None:
 def both_passes(call: Callable, qkv: Tensor, least: float) -> list[float]:
     """Seconds of forward without a graph for backward, and of backward."""
     with torch.no_grad():
-        forward = seconds(lambda: call(*qkv.permute(2, 0, 3, 1, 4)), least)
+        forward = seconds(lambda: call(*qkv.permute(2, 0, 3, 1, 4)), least, graph=True)
     out = call(*qkv.permute(2, 0, 3, 1, 4))
     direction = torch.randn_like(out)
     return [forward, seconds(lambda: torch.autograd.grad(out, qkv, direction, retain_graph=True), least)]
@@ -86,7 +90,7 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
         qkv = torch.randn(B, N, 3, H, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
         least_bytes = [qkv.numel() // 3 * qkv.element_size() * n for n in (4, 7)]
         calls: dict[str, tuple[str, Callable]] = {"softmax, SDPA": ("torch", F.scaled_dot_product_attention)}
-        if shapes[0][1] == N and (peer := elu1_peer()):  # it tunes itself for minutes for each length
+        if shapes[0] == (B, N, H, K) and (peer := elu1_peer()):  # it tunes itself for minutes for each length
             calls["elu1, flash-bidirectional-linear-attention"] = ("torch", peer)
         for name in OPERATORS:
             op = build_operator(name, Shape(H * K, H, K)).to(DEVICE)
@@ -126,60 +130,87 @@ def ready(vit: nn.Module, images: Tensor) -> Callable[[], object]:
     return graph.replay
 
 
-def built(name: str, size: int, operator: str | None) -> nn.Module:
-    """A model of random weights; `operator` None: softmax."""
+class NoAttention(nn.Module):
+    """In place of an operator: costs nothing."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, H, N, K] each -> [B, H, N, K]."""
+        return v
+
+
+def built(name: str, size: int, kind: str, operator: str, additions: list[str]) -> nn.Module:
+    """A model of random weights."""
     torch.manual_seed(0)
     vit = timm.create_model(name, img_size=size, num_classes=0).eval()
-    if operator:
-        vit = linearize(vit, operator=operator)
+    if kind != "softmax":
+        vit = linearize(vit, operator=operator, additions=additions if kind == "linear" else [])
+    for block in vit.blocks if kind == "none" else ():
+        block.attn.operator = NoAttention()
     return vit.to(DEVICE, DTYPE)
 
 
-def models_table(names: list[str], sizes: list[int], operator: str, tokens: int, least: float, only_build: bool) -> str:
-    """Forward of softmax and linear, in turns."""
-    rows = []
-    for name in names:
-        for size in sizes:
-            vits = {kind: built(name, size, kind) for kind in (None, operator)}
-            count = vits[None].patch_embed.num_patches + vits[None].num_prefix_tokens
-            memory = []
-            for vit in vits.values() if not only_build else ():
-                peak = Peak(DEVICE)
-                images = torch.randn(1, 3, size, size, device=DEVICE, dtype=DTYPE)
-                vit(images).sum().backward()
-                wait()
-                gradients = sum(p.grad.numel() * p.grad.element_size() for p in vit.parameters() if p.grad is not None)
-                memory.append((peak() - gradients) / 2**20)
-                vit.zero_grad(set_to_none=True)
-            for vit in vits.values() if CUDA else ():
-                for block in vit.blocks:
-                    block.compile(fullgraph=True, dynamic=False)
-            for batch in sorted({1, max(1, tokens // count)}):
-                images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
-                calls = {kind: ready(vit, images) for kind, vit in vits.items()}
-                if only_build:
-                    continue
-                turns = [{kind: seconds(call, least / 3) for kind, call in calls.items()} for _ in range(3)]
-                softmax, linear = (statistics.median(turn[kind] for turn in turns) for kind in vits)
-                target = FASTER.get(size)
-                met = "" if target is None else f"{target:g}: {'met' if softmax / linear >= target else 'missed'}"
-                rows.append([name, f"{size}", f"{count:,}", f"{batch}", f"{1e3 * softmax / batch:.3f}",
-                             f"{1e3 * linear / batch:.3f}", f"{softmax / linear:.2f}", met,
-                             *(f"{x:,.0f}" for x in memory), f"{memory[1] / memory[0]:.2f}"])  # fmt: skip
-                print(" | ".join(rows[-1]), flush=True)
-                del calls
-            torch.compiler.reset()
-    head = ["model", "pixels", "tokens", "images", "softmax, ms per image", "linear", "softmax / linear", "target",
-            "MiB of training, softmax", "linear", "linear / softmax"]  # fmt: skip
-    return f"Linear attention: {operator}.\n\n{markdown(head, rows)}"
+def peak_memory(vit: nn.Module, size: int) -> list[float]:
+    """MiB of a forward pass of one image, and of one with backward."""
+    images = torch.randn(1, 3, size, size, device=DEVICE, dtype=DTYPE)
+    held = sum(p.numel() * p.element_size() for p in vit.parameters())
+    peak = Peak(DEVICE)
+    with torch.no_grad():
+        vit(images)
+    wait()
+    found = [(held + peak()) / 2**20]
+    vit(images).sum().backward()
+    held += sum(p.grad.numel() * p.grad.element_size() for p in vit.parameters() if p.grad is not None)
+    peak = Peak(DEVICE)
+    vit(images).sum().backward()
+    wait()
+    vit.zero_grad(set_to_none=True)
+    return [*found, (held + peak()) / 2**20]
+
+
+def models_table(names: list[str], args: argparse.Namespace) -> str:
+    """Forward of softmax and linear, in turns, and the memory of both."""
+    rows, memory = [], []
+    for name, size in itertools.product(names, args.sizes):
+        vits = {kind: built(name, size, kind, args.operator, args.additions) for kind in ("softmax", "linear", "none")}
+        count = vits["softmax"].patch_embed.num_patches + vits["softmax"].num_prefix_tokens
+        if not args.build:
+            found = zip(*(peak_memory(vits[kind], size) for kind in ("softmax", "linear")), strict=True)
+            cells = [(f"{one:,.0f}", f"{other:,.0f}", f"{other / one:.2f}") for one, other in found]
+            memory.append([name, f"{size}", *cells[0], *cells[1]])
+        for vit in vits.values() if CUDA else ():
+            for block in vit.blocks:
+                block.compile(fullgraph=True, dynamic=False)
+        for batch in sorted({1, max(1, args.tokens // count)}):
+            images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
+            calls = {kind: ready(vit, images) for kind, vit in vits.items()}
+            if args.build:
+                continue
+            turns = [{kind: seconds(call, args.seconds / 3) for kind, call in calls.items()} for _ in range(3)]
+            softmax, linear, none = (statistics.median(turn[kind] for turn in turns) for kind in vits)
+            target = FASTER.get(size)
+            met = "" if target is None else f"{target:g}: {'met' if softmax / linear >= target else 'missed'}"
+            rows.append([name, f"{size}", f"{count:,}", f"{batch}", f"{1e3 * softmax / batch:.3f}",
+                         f"{1e3 * linear / batch:.3f}", f"{softmax / linear:.2f}",
+                         f"{softmax / none:.2f}", met])  # fmt: skip
+            print(" | ".join(rows[-1]), flush=True)
+            del calls
+        torch.compiler.reset()
+    head = ["model", "pixels", "tokens", "images", "softmax, ms per image", "linear", "softmax / linear",
+            "softmax / no attention", "target"]  # fmt: skip
+    of_memory = ["model", "pixels", "inference: softmax, MiB", "linear", "linear / softmax", "training: softmax, MiB",
+                 "linear", "linear / softmax"]  # fmt: skip
+    said = f"Linear attention: {' + '.join([args.operator, *args.additions])}."
+    return f"{said}\n\n{markdown(head, rows)}\n{markdown(of_memory, memory)}"
 
 
 def main() -> None:
     """Measure, print, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", help="timm's names; by default ViT-S and ViT-L of patches of 16")
+    names = [f"vit_{size}_patch16_224" for size in ("small", "base", "large")]
+    parser.add_argument("--models", nargs="*", default=names, help="timm's names")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048], help="pixels")
     parser.add_argument("--operator", default="focused")
+    parser.add_argument("--additions", nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=32768, help="of the larger batch")
     parser.add_argument("--seconds", type=float, default=0.15, help="of a figure")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
@@ -187,16 +218,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-gpu.md")
     args = parser.parse_args()
     began = time.monotonic()
-    shapes = [(128, 257, 16, 64), (32, 1025, 16, 64), (8, 4097, 16, 64), (2, 16385, 16, 64)]
-    names = args.models if args.models is not None else ["vit_small_patch16_224", "vit_large_patch16_224"]
+    shapes = [(1, 257, 16, 64), (128, 257, 16, 64), (32, 1025, 16, 64), (8, 4097, 16, 64), (2, 16385, 16, 64)]
     if args.tiny:
-        shapes, names, args.sizes, args.tokens, args.seconds = [(1, 17, 2, 8)], ["test_vit"], [32], 34, 0.01
+        shapes, args.models, args.sizes, args.tokens, args.seconds = [(1, 17, 2, 8)], ["test_vit"], [32], 34, 0.01
     where = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU thread(s), no GPU"
     said = [f"{where}, torch {torch.__version__}, bf16"]
     if not args.build:
         said.append(attention_table(shapes, args.seconds))
         print("\n\n".join(said), flush=True)
-    table = models_table(names, args.sizes, args.operator, args.tokens, args.seconds, args.build)
+    table = models_table(args.models, args)
     if args.build:
         return
     said += [table, f"{time.monotonic() - began:.0f} s"]

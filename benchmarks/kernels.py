@@ -24,7 +24,8 @@ from models.kernels import triton_attention
 
 KERNELS = [(name, passes) for name in ("forward", "backward") for passes in ("both", "first", "second")]
 ARCHITECTURES = (80, 90)
-FP32 = {"power", "shift", "state", "total", "norm", "dnorm", "dstate", "dtotal", "dpower", "dmap", "q_map", "k_map"}
+FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map"}
+INTEGERS = {"H", "N", "SHARES", "PARTS"}
 OPTIONS = {"num_warps", "num_stages"}
 
 
@@ -35,11 +36,11 @@ def compile_ahead(
     kernel = getattr(triton_attention, f"{name}_kernel")
     kind, _, power = kind.partition("-")
     floats = torch.bfloat16 if dtype == "bf16" else torch.float32
-    how = kernels.constants(kind, int(power or 0), head_dim, floats, name == "backward")
-    constants = {key: value for key, value in how.items() if key not in OPTIONS | {"at_once"}}
+    how = kernels.constants(kind, int(power or 0), head_dim, floats, name == "backward", passes.upper())
+    constants = {key: value for key, value in how.items() if key not in OPTIONS}
     constants |= {"MAP": getattr(triton_attention, kind), "POWER": int(power or 0), "K": head_dim}
     constants |= {"PASSES": getattr(triton_attention, passes.upper())} | ({"KEEP": True} if name == "forward" else {})
-    constants |= {"SHARES": 1} if passes == "both" else {}
+    constants |= {"SHARES": 1, "PARTS": 1} if passes == "both" else {}
     taken = {"FOCUSED": {"power"} - ({"power"} if power else set()), "EXP": {"shift"}, "HEDGEHOG": {"q_map", "k_map"}}
     constants |= dict.fromkeys({"power", "shift", "q_map", "k_map"} - taken.get(kind, set()))
     signature, attributes = {}, {}
@@ -48,9 +49,9 @@ def compile_ahead(
             signature[key] = "constexpr"
         elif key == "scale":
             signature[key] = "fp32"
-        elif key in ("H", "N", "SHARES") or key.lstrip("dqkvyo") in ("B", "H", "N"):
+        elif key in INTEGERS or key.lstrip("dqkvyo") in ("B", "H", "N"):
             signature[key] = "i32"
-            if key not in ("H", "N", "SHARES"):
+            if key not in INTEGERS:
                 attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
         else:
             signature[key] = f"*{'fp32' if key in FP32 else dtype}"

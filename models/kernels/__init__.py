@@ -3,6 +3,7 @@
 Triton itself is imported at the first launch, so that importing the package needs no Triton.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,10 @@ INSTALLED = find_spec("triton") is not None  # torch brings it along where it ha
 MAX_HEAD_DIM = 128
 WHOLE_POWERS = range(1, 17)  # of focused: so many products in place of a logarithm and an exponential
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+import os
+
+DOT = os.environ.get("DOT", "1") == "1"
+FEW = 8  # shares, which the second pass adds up by itself
 PROGRAMS = 512  # at least, where tokens suffice: about four for each multiprocessor of an H100
 
 
@@ -45,7 +50,7 @@ def attend(
     elif kind == "HEDGEHOG":
         q_map, k_map = (x.float() for x in weights)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *weights))
-    out, norm, _, _ = torch.ops.unsoftmax.linear_attention(q, k, v, kind, exponent, keep, power, shift, q_map, k_map)
+    out, norm, _ = torch.ops.unsoftmax.linear_attention(q, k, v, kind, exponent, keep, power, shift, q_map, k_map)
     return out, norm.unsqueeze(-1)
 
 
@@ -53,14 +58,14 @@ def attend(
 def _linear_attention(
     q: Tensor, k: Tensor, v: Tensor, kind: str, exponent: int, keep: bool,
     power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [B, H, N, K], norm [B, H, N], state [B, H, halves, K, K] and total [B, H, halves, K], the last three in fp32.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [B, H, N, K]; in fp32 norm [B, H, N] and sums [B, H, halves, K + 1, K], the state and as its last row the total.
 
     Args:
         q, k, v: [B, H, N, K], any strides.
         kind: of `MAPS`.
         exponent: FOCUSED's power where that is of `WHOLE_POWERS`; else 0.
-        keep: whether state and total are asked for; without it they may be empty, [0].
+        keep: whether the sums are asked for; without it they are empty, [0].
         power: [H] in fp32, of FOCUSED without `exponent`.
         shift: the largest scaled key of each column, [B, H, K] in fp32, of EXP.
         q_map, k_map: [H, K, K] in fp32, of HEDGEHOG.
@@ -70,27 +75,29 @@ def _linear_attention(
     B, H, N, K = q.shape
     q, k, v = map(_rows, (q, k, v))
     how, n, at_once = _how(kind, exponent, q, backward=False)
-    out, norm, state, total = _outputs(q, v, kind, keep or not at_once)
-    grid, shares = (B * H, n), (B, H, n, *state.shape[2:])
+    out, norm, sums = _outputs(q, v, kind, keep or not at_once)
 
-    def launch(passes: Any, sums: tuple[Tensor, Tensor]) -> None:
-        kernels.forward_kernel[grid](
-            q, k, v, q_map, k_map, power, shift, *sums, out, norm, H, N, K**-0.25, *_strides(q, k, v, out), n,
-            PASSES=passes, KEEP=keep and at_once, **how,
+    def launch(passes: str, sums: Tensor, parts: int = 1) -> None:
+        kernels.forward_kernel[B * H, n](
+            q, k, v, q_map, k_map, power, shift, sums, out, norm, H, N, K**-0.25, *_strides(q, k, v, out), n, parts,
+            KEEP=keep and at_once, **how(passes),
         )  # fmt: skip
 
     if at_once:
-        launch(kernels.BOTH, (state, total))
-    elif n == 1:
-        launch(kernels.FIRST, (state, total))
-        launch(kernels.SECOND, (state, total))
+        launch("BOTH", sums)
     else:
-        sums = state.new_empty(shares), total.new_empty(shares[:-1])
-        launch(kernels.FIRST, sums)
-        torch.sum(sums[0], 2, out=state)
-        torch.sum(sums[1], 2, out=total)
-        launch(kernels.SECOND, (state, total))
-    return out, norm, *((state, total) if keep else (state.new_empty(0), total.new_empty(0)))
+        _in_two(launch, sums, n, keep)
+    return out, norm, sums if keep else sums.new_empty(0)
+
+
+def _in_two(launch: Callable, sums: Tensor, shares: int, keep: bool) -> None:
+    """Both passes one after the other. What the shares add up to is left in `sums` if `keep`."""
+    parts = sums if shares == 1 else sums.new_empty(*sums.shape[:2], shares, *sums.shape[2:])
+    launch("FIRST", parts)
+    if shares > 1 and (keep or shares > FEW):
+        torch.sum(parts, 2, out=sums)
+        parts, shares = sums, 1
+    launch("SECOND", parts, shares)
 
 
 @_linear_attention.register_fake
@@ -100,8 +107,8 @@ def _(q, k, v, kind, exponent, keep, power, shift, q_map, k_map):
 
 @torch.library.custom_op("unsoftmax::linear_attention_backward", mutates_args=())
 def _backward(
-    dy: Tensor, dnorm: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, state: Tensor, total: Tensor, kind: str,
-    exponent: int, power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
+    dy: Tensor, dnorm: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, sums: Tensor, kind: str, exponent: int,
+    power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv [B, H, N, K]; derivatives by the power [2, B, H] and by both maps [2, B, H, K, K], or empty."""
     from . import triton_attention as kernels
@@ -112,23 +119,21 @@ def _backward(
     how, n, at_once = _how(kind, exponent, q, backward=True)
     dq, dk, dv, dpower, dmap = _derivatives(q, k, v, kind, power, n)
 
-    def launch(passes: Any, sums: tuple[Tensor, Tensor]) -> None:
-        kernels.backward_kernel[(B * H, n)](
-            q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, state, total, *sums, dq, dk, dv, dpower, dmap,
-            H, N, K**-0.25, *_strides(q, k, v, dy, dq, dk), n, PASSES=passes, **how,
+    def launch(passes: str, dsums: Tensor, parts: int = 1) -> None:
+        kernels.backward_kernel[B * H, n](
+            q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, sums, dsums, dq, dk, dv, dpower, dmap,
+            H, N, K**-0.25, *_strides(q, k, v, dy, dq, dk), n, parts, **how(passes),
         )  # fmt: skip
 
     if at_once:
-        launch(kernels.BOTH, (state, total))  # whose sums stay inside
+        launch("BOTH", sums)  # which has no use for memory of its own
     else:
-        sums = [x.new_empty(B, H, n, *x.shape[2:]) for x in (state, total)]
-        launch(kernels.FIRST, sums)
-        launch(kernels.SECOND, sums if n == 1 else [x.sum(2) for x in sums])
+        _in_two(launch, torch.empty_like(sums), n, keep=False)
     return dq, dk, dv, *(x.sum(3) if x.numel() else x for x in (dpower, dmap))
 
 
 @_backward.register_fake
-def _(dy, dnorm, q, k, v, norm, state, total, kind, exponent, power, shift, q_map, k_map):
+def _(dy, dnorm, q, k, v, norm, sums, kind, exponent, power, shift, q_map, k_map):
     dq, dk, dv, dpower, dmap = _derivatives(q, k, v, kind, power, 1)
     return dq, dk, dv, *(x.squeeze(3) if x.numel() else x for x in (dpower, dmap))
 
@@ -140,10 +145,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _gradients(ctx: Any, dy: Tensor, dnorm: Tensor, _state: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, norm, state, total, power, shift, q_map, k_map = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor, dnorm: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, norm, sums, power, shift, q_map, k_map = ctx.saved_tensors
     dq, dk, dv, dpower, dmap = torch.ops.unsoftmax.linear_attention_backward(
-        dy, dnorm, q, k, v, norm, state, total, ctx.kind, ctx.exponent, power, shift, q_map, k_map
+        dy, dnorm, q, k, v, norm, sums, ctx.kind, ctx.exponent, power, shift, q_map, k_map
     )
     of_power = dpower.sum((0, 1)) if power is not None else None
     of_maps = dmap.sum(1) if q_map is not None else (None, None)
@@ -173,12 +178,11 @@ def moved_bytes(q: Tensor, backward: bool) -> int:
     return q.numel() * q.element_size() * (4 + 7 * backward)
 
 
-def _outputs(q: Tensor, v: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, K = q.shape
     new = {"device": q.device, "dtype": torch.float32}
-    sums = (B, H, 2 if kind == "HEDGEHOG" else 1, K) if keep else (0,)
-    state, total = torch.empty((*sums, K) if keep else sums, **new), torch.empty(sums, **new)
-    return _like(v), torch.empty(B, H, N, **new), state, total
+    sums = torch.empty((B, H, 2 if kind == "HEDGEHOG" else 1, K + 1, K) if keep else (0,), **new)
+    return _like(v), torch.empty(B, H, N, **new), sums
 
 
 def _derivatives(
@@ -206,32 +210,38 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _how(kind: str, exponent: int, q: Tensor, backward: bool) -> tuple[dict[str, Any], int, bool]:
-    """The constants of a launch, in how many shares a head is taken, and whether both passes are made at once."""
+def _how(kind: str, exponent: int, q: Tensor, backward: bool) -> tuple[Callable[[str], dict[str, Any]], int, bool]:
+    """Constants of a launch by its passes, in how many shares a head is taken, whether both passes are made at once."""
     from . import triton_attention as kernels
 
     B, H, N, K = q.shape
-    how = constants(kind, exponent, K, q.dtype, backward)
-    how |= {"K": K, "MAP": getattr(kernels, kind), "POWER": exponent}
     shares = _shares(B * H, N)
-    return how, shares, how.pop("at_once") and shares == 1
+
+    def how(passes: str) -> dict[str, Any]:
+        given = {"K": K, "MAP": getattr(kernels, kind), "POWER": exponent, "PASSES": getattr(kernels, passes)}
+        return given | constants(kind, exponent, K, q.dtype, backward, passes)
+
+    return how, shares, shares == 1 and at_once(kind, backward)
 
 
-def constants(kind: str, exponent: int, K: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    """Sizes of blocks, warps, stages, and whether both passes are made at once, where a program has a whole head.
+def at_once(kind: str, backward: bool) -> bool:
+    """Whether both passes are made at once, where a program has a whole head."""
+    return backward or kind in ("FOCUSED", "HEDGEHOG")
+
+
+def constants(kind: str, exponent: int, K: int, dtype: torch.dtype, backward: bool, passes: str) -> dict[str, Any]:
+    """Sizes of blocks, warps, stages.
 
     The best of those measured on an H100 at K = 64. Nothing is tuned while a model runs.
     """
     BK = max(32, 1 << (K - 1).bit_length())
     light = BK <= 64 and dtype != torch.float32
-    at_once = backward or kind in ("FOCUSED", "HEDGEHOG")
     narrow = not light or kind == "HEDGEHOG" or (kind == "FOCUSED" and not (exponent and backward))
     stages = 3 if narrow and kind == "FOCUSED" else 2
-    return {"BK": BK, "BN": 32 if narrow else 64, "num_warps": 4 if light else 8, "num_stages": stages,
-            "at_once": at_once}  # fmt: skip
+    return {"BK": BK, "BN": 32 if narrow else 64, "num_warps": 4 if light else 8, "num_stages": stages, "DOT": DOT}
 
 
 def _shares(heads: int, N: int) -> int:
-    """In how many parts a head's tokens are taken: 1 where heads fill the GPU, and never less than 128 tokens each."""
+    """In how many parts a head's tokens are taken: 1 where heads fill a GPU; up to `FEW` of 64 tokens, more of 128."""
     wanted = -(-PROGRAMS // heads)
-    return max(1, min(wanted, N // 128, 64))
+    return max(1, min(wanted, N // 128, 64), min(wanted, N // 64, FEW))

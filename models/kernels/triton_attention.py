@@ -196,39 +196,84 @@ def _given(power, shift, maps, bh, h, K: tl.constexpr, columns, dtype: tl.conste
 
 
 @triton.jit
-def _sums_of(matrices, vectors, place, K: tl.constexpr, columns, dtype: tl.constexpr, MAP: tl.constexpr):
-    """A stored state and its total, of both halves; the second only where there is one."""
+def _sums_of(sums, bh, PARTS, K: tl.constexpr, columns, dtype: tl.constexpr, MAP: tl.constexpr):
+    """State and total of a head, of both halves; the second only where there is one. Added from their `PARTS`."""
     HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    S = _square(matrices + place * HALVES * K * K, K, columns).to(dtype)
-    z = _row(vectors + place * HALVES * K, columns)
+    SIZE: tl.constexpr = (K + 1) * K
+    at = sums + bh * PARTS * HALVES * SIZE
+    S, z = _square(at, K, columns), _row(at + K * K, columns)
     S1, z1 = S, z
     if MAP == HEDGEHOG:
-        S1 = _square(matrices + (place * 2 + 1) * K * K, K, columns).to(dtype)
-        z1 = _row(vectors + (place * 2 + 1) * K, columns)
-    return S, z, S1, z1
+        S1, z1 = _square(at + SIZE, K, columns), _row(at + SIZE + K * K, columns)
+    for _ in range(1, PARTS):
+        at += HALVES * SIZE
+        S += _square(at, K, columns)
+        z += _row(at + K * K, columns)
+        if MAP == HEDGEHOG:
+            S1 += _square(at + SIZE, K, columns)
+            z1 += _row(at + SIZE + K * K, columns)
+    return S.to(dtype), z, S1.to(dtype), z1
 
 
 @triton.jit
-def _store_sums(matrices, vectors, place, K: tl.constexpr, columns, S, z, S1, z1, MAP: tl.constexpr):
+def _store_sums(sums, place, K: tl.constexpr, columns, S, z, S1, z1, MAP: tl.constexpr):
+    """The state [K, K], and the total as one more row of it."""
     HALVES: tl.constexpr = 2 if MAP == HEDGEHOG else 1
-    _store_square(matrices + place * HALVES * K * K, K, columns, S)
-    _store_row(vectors + place * HALVES * K, columns, z)
+    SIZE: tl.constexpr = (K + 1) * K
+    at = sums + place * HALVES * SIZE
+    _store_square(at, K, columns, S)
+    _store_row(at + K * K, columns, z)
     if MAP == HEDGEHOG:
-        _store_square(matrices + (place * 2 + 1) * K * K, K, columns, S1)
-        _store_row(vectors + (place * 2 + 1) * K, columns, z1)
+        _store_square(at + SIZE, K, columns, S1)
+        _store_row(at + SIZE + K * K, columns, z1)
+
+
+@triton.jit
+def _split(x, dtype: tl.constexpr):
+    """x [rows] in fp32 as the first two columns of [rows, 16], whose sum it is: two roundings keep 16 bits of bf16."""
+    i = tl.arange(0, 16)[None, :]
+    high = x.to(dtype)
+    low = (x - high.to(tl.float32)).to(dtype)
+    return tl.where(i == 0, high[:, None], tl.where(i == 1, low[:, None], 0.0)).to(dtype)
+
+
+@triton.jit
+def _column_sums(f, rows, sums, DOT: tl.constexpr):
+    """sums + what the rows of f add up to: by a product with ones, [BK, 16], so that warps need not meet."""
+    if DOT:
+        ones = tl.where(rows[:, None], tl.full([f.shape[0], 16], 1.0, f.dtype), 0.0).to(f.dtype)
+        sums = _dot(tl.trans(f), ones, sums)
+    else:
+        sums += tl.sum(tl.where(rows[:, None], f.to(tl.float32), 0.0), 0)
+    return sums
+
+
+@triton.jit
+def _weighted_sums(f, e, sums, dtype: tl.constexpr, DOT: tl.constexpr):
+    if DOT:
+        sums = _dot(tl.trans(f.to(dtype)), _split(e, dtype), sums)
+    else:
+        sums += tl.sum(f * e[:, None], 0)
+    return sums
+
+
+@triton.jit
+def _zero_sums(BK: tl.constexpr, DOT: tl.constexpr):
+    return tl.zeros([BK, 16] if DOT else [BK], tl.float32)
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, q_map, k_map, power, shift, state, total, out, norm, H, N, scale,
-    qB, qH, qN, kB, kH, kN, vB, vH, vN, oB, oH, oN, SHARES,
+    q, k, v, q_map, k_map, power, shift, sums, out, norm, H, N, scale,
+    qB, qH, qN, kB, kH, kN, vB, vH, vN, oB, oH, oN, SHARES, PARTS,
     K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr, KEEP: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, K] and norm [B, H, N] of a head, or of a share of its tokens.
 
-    PASSES: FIRST writes the sums over a share's keys, state [B H, SHARES, halves, K, K] and total without the last K.
-    SECOND reads these of all tokens and writes out and norm. BOTH does it at once, and writes the sums if KEEP.
+    PASSES: FIRST writes the sums over a share's keys, [B H, SHARES, halves, K + 1, K]: the state, and the total as its
+    last row. SECOND adds them up, where there are PARTS for each head, and writes out and norm. BOTH does it at once,
+    and writes the sums if KEEP.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
@@ -238,7 +283,7 @@ def forward_kernel(
     if PASSES != SECOND:
         w, P, L = _given(power, shift, k_map, bh, h, K, columns, dtype, MAP, POWER)
         S = tl.zeros([BK, BK], tl.float32)
-        z = tl.zeros([BK], tl.float32)
+        z = _zero_sums(BK, DOT)
         S1, z1 = S, z
         for start in range(first, last, BN):
             n = start + tl.arange(0, BN)
@@ -248,18 +293,23 @@ def forward_kernel(
             f, g = _phi(x.to(dtype) if MAP == HEDGEHOG else x, w, P, L, scale, columns, MAP, POWER, False)
             f = f.to(dtype)
             S = _dot(tl.trans(f), y, S)
-            z += tl.sum(tl.where(rows[:, None], f.to(tl.float32), 0.0), 0)
+            z = _column_sums(f, rows, z, DOT)
             if MAP == HEDGEHOG:
                 g = g.to(dtype)
                 S1 = _dot(tl.trans(g), y, S1)
-                z1 += tl.sum(tl.where(rows[:, None], g.to(tl.float32), 0.0), 0)
+                z1 = _column_sums(g, rows, z1, DOT)
+        if DOT:
+            z, z1 = tl.max(z, 1), tl.max(z1, 1)  # the columns are equal
         if PASSES == FIRST or KEEP:
-            _store_sums(state, total, bh * SHARES + tl.program_id(1), K, columns, S, z, S1, z1, MAP)
+            _store_sums(sums, bh * SHARES + tl.program_id(1), K, columns, S, z, S1, z1, MAP)
         R, R1 = S.to(dtype), S1.to(dtype)
     else:
-        R, z, R1, z1 = _sums_of(state, total, bh, K, columns, dtype, MAP)
+        R, z, R1, z1 = _sums_of(sums, bh, PARTS, K, columns, dtype, MAP)
     if PASSES != FIRST:
         w, P, L = _given(power, shift, q_map, bh, h, K, columns, dtype, MAP, POWER)
+        Z, Z1 = z, z1
+        if DOT:
+            Z, Z1 = _split(z, dtype), _split(z1, dtype)
         for start in range(first, last, BN):
             n = start + tl.arange(0, BN)
             rows = n < last
@@ -267,27 +317,35 @@ def forward_kernel(
             f, g = _phi(x.to(dtype) if MAP == HEDGEHOG else x, w, P, L, scale, columns, MAP, POWER, True)
             f = f.to(dtype)
             y = _dot(f, R)
-            d = tl.sum(f.to(tl.float32) * z[None, :], 1)
+            if DOT:
+                d = _dot(f, Z)
+            else:
+                d = tl.sum(f.to(tl.float32) * z[None, :], 1)
             if MAP == HEDGEHOG:
                 g = g.to(dtype)
                 y = _dot(g, R1, y)
-                d += tl.sum(g.to(tl.float32) * z1[None, :], 1)
+                if DOT:
+                    d = _dot(g, Z1, d)
+                else:
+                    d += tl.sum(g.to(tl.float32) * z1[None, :], 1)
+            if DOT:
+                d = tl.sum(d, 1)
             _store(out + b * oB + h * oH, oN, n, columns, rows, y * (1 / tl.maximum(d, EPS))[:, None])
             tl.store(norm + bh * N + n, d, mask=rows)
 
 
 @triton.jit
 def backward_kernel(
-    q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, state, total, dstate, dtotal, dq, dk, dv, dpower, dmap,
-    H, N, scale, qB, qH, qN, kB, kH, kN, vB, vH, vN, yB, yH, yN, dqB, dqH, dqN, dB, dH, dN, SHARES,
+    q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, sums, dsums, dq, dk, dv, dpower, dmap,
+    H, N, scale, qB, qH, qN, kB, kH, kN, vB, vH, vN, yB, yH, yN, dqB, dqH, dqN, dB, dH, dN, SHARES, PARTS,
     K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of a head, or of a share of its tokens; dk and dv have the same strides.
 
-    PASSES: FIRST writes dq, and the sums over a share's queries, dstate and dtotal. SECOND reads these of all tokens
-    and writes dk and dv. BOTH does it at once, without these sums in memory. Derivatives by the power,
-    [2, B H, SHARES], and by the maps, [2, B H, SHARES, K, K], are of the queries and of the keys.
+    PASSES: FIRST writes dq, and the sums over a share's queries, laid out as forward's. SECOND adds them up, where
+    there are PARTS for each head, and writes dk and dv. BOTH does it at once, without them in memory. Derivatives by
+    the power, [2, B H, SHARES], and by the maps, [2, B H, SHARES, K, K], are of the queries and of the keys.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
@@ -298,9 +356,9 @@ def backward_kernel(
     first, last = _range(N, SHARES, BN)
     if PASSES != SECOND:
         w, P, L = _given(power, shift, q_map, bh, h, K, columns, dtype, MAP, POWER)
-        S, z, S1, z1 = _sums_of(state, total, bh, K, columns, dtype, MAP)
+        S, z, S1, z1 = _sums_of(sums, bh, 1, K, columns, dtype, MAP)
         dS = tl.zeros([BK, BK], tl.float32)
-        dz = tl.zeros([BK], tl.float32)
+        dz = _zero_sums(BK, DOT)
         dS1, dz1, dW, dP = dS, dz, dS, 0.0
         for start in range(first, last, BN):
             n = start + tl.arange(0, BN)
@@ -324,23 +382,25 @@ def backward_kernel(
             if MAP == HEDGEHOG:
                 dg += e[:, None] * z1[None, :]
                 dS1 = _dot(tl.trans(g.to(dtype)), u, dS1)
-                dz1 += tl.sum(g * e[:, None], 0)
+                dz1 = _weighted_sums(g, e, dz1, dtype, DOT)
             dx, dp, dw = _dphi(x, w, f, g, df, dg, P, scale, columns, rows, MAP, POWER)
             if MAP == HEDGEHOG:
                 dW += dw
             dP += dp
             dS = _dot(tl.trans(f.to(dtype)), u, dS)
-            dz += tl.sum(f * e[:, None], 0)
+            dz = _weighted_sums(f, e, dz, dtype, DOT)
             _store(dq + b * dqB + h * dqH, dqN, n, columns, rows, dx)
+        if DOT:
+            dz, dz1 = tl.sum(dz, 1), tl.sum(dz1, 1)
         if PASSES == FIRST:
-            _store_sums(dstate, dtotal, place, K, columns, dS, dz, dS1, dz1, MAP)
+            _store_sums(dsums, place, K, columns, dS, dz, dS1, dz1, MAP)
         if MAP == FOCUSED and POWER == 0:
             tl.store(dpower + place, dP)
         if MAP == HEDGEHOG:
             _store_square(dmap + place * K * K, K, columns, dW)
         R, R1 = dS.to(dtype), dS1.to(dtype)
     else:
-        R, dz, R1, dz1 = _sums_of(dstate, dtotal, bh, K, columns, dtype, MAP)
+        R, dz, R1, dz1 = _sums_of(dsums, bh, PARTS, K, columns, dtype, MAP)
     if PASSES != FIRST:
         w, P, L = _given(power, shift, k_map, bh, h, K, columns, dtype, MAP, POWER)
         dW = tl.zeros([BK, BK], tl.float32)
