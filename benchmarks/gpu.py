@@ -5,6 +5,8 @@ against the same operator of torch's products, and against flash-bidirectional-l
 (`flash_bla`, whose call gets features, so that the feature map is timed with it). The share is of the time in which a
 copy moves the least bytes that attention needs.
 
+The convolution of `value_conv5` alone, likewise, against torch's.
+
 Whole models: forward in bf16, blocks compiled, in a CUDA graph, softmax (flash) beside linear, in turns. At one image,
 and at as many images as make --tokens. Memory is what a forward and backward pass of one image adds.
 
@@ -14,7 +16,8 @@ Figures are medians. Without a GPU all of it runs in torch's own products, which
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 from benchmarks.common import ROOT, Peak, markdown
 from benchmarks.resolution import FASTER
 from models import linearize
-from models.operators import Shape, build_operator
+from models.operators import Shape, build_additions, build_operator
 from models.operators.core import implementation
 
 CUDA = torch.cuda.is_available()
@@ -70,13 +73,13 @@ def elu1_peer() -> Callable | None:
     return lambda q, k, v: linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)
 
 
-def both_passes(call: Callable, qkv: Tensor, least: float) -> list[float]:
-    """Seconds of forward without a graph for backward, and of backward."""
+def both_passes(call: Callable[[], Tensor], leaves: Sequence[Tensor], least: float) -> list[float]:
+    """Seconds of forward without a graph for backward, and of backward by `leaves`."""
     with torch.no_grad():
-        forward = seconds(lambda: call(*qkv.permute(2, 0, 3, 1, 4)), least)
-    out = call(*qkv.permute(2, 0, 3, 1, 4))
+        forward = seconds(call, least)
+    out = call()
     direction = torch.randn_like(out)
-    return [forward, seconds(lambda: torch.autograd.grad(out, qkv, direction, retain_graph=True), least)]
+    return [forward, seconds(lambda: torch.autograd.grad(out, leaves, direction, retain_graph=True), least)]
 
 
 def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> str:
@@ -95,7 +98,8 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
         taken = {}
         for name, (how, call) in calls.items():
             with implementation(how):
-                taken[name] = both_passes(call, qkv, least)
+                of_qkv = partial(lambda call, qkv: call(*qkv.permute(2, 0, 3, 1, 4)), call, qkv)
+                taken[name] = both_passes(of_qkv, [qkv], least)
         base = taken["softmax, SDPA"]
         for name, found in taken.items():
             cells = [f"{1e6 * s:,.0f}" for s in found] + [f"{a / b:.2f}" for a, b in zip(base, found, strict=True)]
@@ -104,6 +108,28 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
     head = ["attention", "B x N x H x K", "forward, us", "backward, us", "SDPA / it", "backward",
             "share of copying", "backward"]  # fmt: skip
     return f"A copy moves {rate / 1e9:,.0f} GB/s.\n\n{markdown(head, rows)}"
+
+
+def convolution_table(shapes: list[tuple[int, int, int, int]], name: str, least: float) -> str:
+    """Of an addition to the values, for shapes B, rows and columns, H, K; backward is by the weight too."""
+    rate, rows = copied_per_second(least), []
+    for B, side, H, K in shapes:
+        add = build_additions([name], Shape(H * K, H, K, 1))[name].to(DEVICE)
+        qkv = torch.randn(B, 1 + side * side, 3, H, K, device=DEVICE, dtype=DTYPE)
+        v = qkv.permute(2, 0, 3, 1, 4)[2].requires_grad_()
+        least_bytes = [v.numel() * v.element_size() * n for n in (2, 3)]
+        taken = {}
+        for how in ("torch", "triton") if CUDA else ("torch",):
+            with implementation(how):
+                taken[how] = both_passes(partial(add, v, None, (side, side)), [v, add.weight], least)
+        for how, found in taken.items():
+            cells = [f"{1e6 * s:,.0f}" for s in found]
+            cells += [f"{a / b:.2f}" for a, b in zip(taken["torch"], found, strict=True)]
+            cells += [f"{n / rate / s:.0%}" for n, s in zip(least_bytes, found, strict=True)]
+            rows.append([f"{name}, {how}", f"{B} x {side} x {side} x {H} x {K}", *cells])
+    head = ["convolution", "B x grid x H x K", "forward, us", "backward, us", "torch / it", "backward",
+            "share of copying", "backward"]  # fmt: skip
+    return markdown(head, rows)
 
 
 def ready(vit: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -183,6 +209,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of the larger batch")
     parser.add_argument("--seconds", type=float, default=0.15, help="of a figure")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
+    parser.add_argument("--convolution", action="store_true", help="only the table of the convolution")
     parser.add_argument("--build", action="store_true", help="only fill the compilers' caches")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-gpu.md")
     args = parser.parse_args()
@@ -191,11 +218,15 @@ def main() -> None:
     names = args.models if args.models is not None else ["vit_small_patch16_224", "vit_large_patch16_224"]
     if args.tiny:
         shapes, names, args.sizes, args.tokens, args.seconds = [(1, 17, 2, 8)], ["test_vit"], [32], 34, 0.01
+    grids = [(1, 4, 2, 8)] if args.tiny else [(127, 16, 16, 64), (8, 64, 16, 64), (1, 16, 16, 64)]
     where = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU thread(s), no GPU"
     said = [f"{where}, torch {torch.__version__}, bf16"]
     if not args.build:
-        said.append(attention_table(shapes, args.seconds))
+        said += [] if args.convolution else [attention_table(shapes, args.seconds)]
+        said.append(convolution_table(grids, "value_conv5", args.seconds))
         print("\n\n".join(said), flush=True)
+    if args.convolution:
+        return
     table = models_table(names, args.sizes, args.operator, args.tokens, args.seconds, args.build)
     if args.build:
         return
