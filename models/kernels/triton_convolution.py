@@ -26,11 +26,10 @@ def _channels(program, D: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _column(at, y, x, rows, columns, stride, there, COUNT: tl.constexpr):
-    """Patches [y, x] to [y + COUNT - 1, x] in fp32, as a tuple; zeros outside of the grid."""
+    """Patches [y, x] to [y + COUNT - 1, x] in fp32, as a tuple; zeros where the grid has no such row."""
     values = ()
-    seen = there & (x < columns)
     for i in tl.static_range(COUNT):
-        inside = seen & (y + i >= 0) & (y + i < rows)
+        inside = there & (y + i >= 0) & (y + i < rows)
         values += (tl.load(at + ((y + i) * columns + x) * stride, mask=inside, other=0.0).to(tl.float32),)
     return values
 
@@ -41,6 +40,21 @@ def _zeros(COUNT: tl.constexpr, BC: tl.constexpr):
     for _ in tl.static_range(COUNT):
         values += (tl.zeros([BC], tl.float32),)
     return values
+
+
+@triton.jit
+def _store_column(
+    out, base, sums, y, x, first, last, rows, columns, stride, there,
+    J: tl.constexpr, D: tl.constexpr, BASE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sums of column x, which are the J-th, where x is one of a part's own, `first` to before `last`."""
+    for r in tl.static_range(ROWS):
+        n = (y + r) * columns + x
+        mine = there & (x >= first) & (x < last) & (y + r < rows)
+        sum = sums[J * ROWS + r]
+        if BASE == OTHER:
+            sum += tl.load(base + n * stride, mask=mine, other=0.0).to(tl.float32)
+        tl.store(out + n * D, sum.to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -78,8 +92,10 @@ def convolution_kernel(
     y = share % strips * ROWS
     width = tl.cdiv(columns, parts)
     first = share // strips * width
+    last = tl.minimum(first + width, columns)
+    end = tl.minimum(last + P, columns)
     sums = _zeros(SIZE * ROWS, BC)
-    for x in range(tl.maximum(first - P, 0), tl.minimum(first + width, columns) + P):
+    for x in range(tl.maximum(first - P, 0), end):
         values = _column(v, y - P, x, rows, columns, vN, there, ROWS + 2 * P)
         after = ()  # of columns x - P to x + P; those of x - P are complete
         for j in tl.static_range(SIZE):
@@ -89,13 +105,9 @@ def convolution_kernel(
                     sum = tl.fma(w[i * SIZE + 2 * P - j], values[r + i], sum)
                 after += (sum,)
         sums = after
-        for r in tl.static_range(ROWS):
-            n = (y + r) * columns + x - P
-            mine = there & (x - P >= first) & (y + r < rows)
-            sum = sums[r]
-            if BASE == OTHER:
-                sum += tl.load(base + n * bN, mask=mine, other=0.0).to(tl.float32)
-            tl.store(out + n * D, sum.to(out.dtype.element_ty), mask=mine)
+        _store_column(out, base, sums, y, x - P, first, last, rows, columns, bN, there, 0, D, BASE, ROWS)
+    for j in tl.static_range(1, P + 1):  # at the end of the grid
+        _store_column(out, base, sums, y, end - 1 - P + j, first, last, rows, columns, bN, there, j, D, BASE, ROWS)
 
 
 @triton.jit
@@ -115,11 +127,12 @@ def taps_kernel(
         window = ()  # dy of columns x + P, x + P - 1, ... x - P
         for j in tl.static_range(SIZE):
             if j < P:
-                window += _column(dy + b * yB, y, P - 1 - j, rows, columns, yN, there, ROWS)
+                window += _column(dy + b * yB, y, P - 1 - j, rows, columns, yN, there & (P - 1 - j < columns), ROWS)
             else:
                 window += _zeros(ROWS, BC)
         for x in range(columns):
-            window = _column(dy + b * yB, y, x + P, rows, columns, yN, there, ROWS) + window[: 2 * P * ROWS]
+            entering = _column(dy + b * yB, y, x + P, rows, columns, yN, there & (x + P < columns), ROWS)
+            window = entering + window[: 2 * P * ROWS]
             values = _column(v + b * vB, y - P, x, rows, columns, vN, there, ROWS + 2 * P)
             after = ()
             for i in tl.static_range(SIZE):
