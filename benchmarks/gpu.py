@@ -5,6 +5,8 @@ against the same operator of torch's products, and against flash-bidirectional-l
 (`flash_bla`, whose call gets features, so that the feature map is timed with it). Forward is timed in a CUDA graph. The
 share is of the time in which a copy moves the least bytes that attention needs.
 
+The convolution of `value_conv5` alone, likewise, against torch's.
+
 Whole models: forward in bf16, blocks compiled, in a CUDA graph, in turns: softmax (flash), linear, and the same model
 whose attention returns v, which is the most that any attention can win. At one image, and at as many images as make
 --tokens. Memory is the peak of one image with weights, and for training with gradients.
@@ -16,7 +18,8 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -27,7 +30,7 @@ from torch.nn import functional as F
 from benchmarks.common import ROOT, Peak, markdown
 from benchmarks.resolution import FASTER
 from models import linearize
-from models.operators import Shape, build_operator
+from models.operators import Shape, build_additions, build_operator
 from models.operators.core import implementation
 
 CUDA = torch.cuda.is_available()
@@ -74,13 +77,13 @@ def elu1_peer() -> Callable | None:
     return lambda q, k, v: linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)
 
 
-def both_passes(call: Callable, qkv: Tensor, least: float) -> list[float]:
-    """Seconds of forward without a graph for backward, and of backward."""
+def both_passes(call: Callable[[], Tensor], leaves: Sequence[Tensor], least: float) -> list[float]:
+    """Seconds of forward without a graph for backward, and of backward by `leaves`."""
     with torch.no_grad():
-        forward = seconds(lambda: call(*qkv.permute(2, 0, 3, 1, 4)), least, graph=True)
-    out = call(*qkv.permute(2, 0, 3, 1, 4))
+        forward = seconds(call, least, graph=True)
+    out = call()
     direction = torch.randn_like(out)
-    return [forward, seconds(lambda: torch.autograd.grad(out, qkv, direction, retain_graph=True), least)]
+    return [forward, seconds(lambda: torch.autograd.grad(out, leaves, direction, retain_graph=True), least)]
 
 
 def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> str:
@@ -99,7 +102,8 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
         taken = {}
         for name, (how, call) in calls.items():
             with implementation(how):
-                taken[name] = both_passes(call, qkv, least)
+                of_qkv = partial(lambda call, qkv: call(*qkv.permute(2, 0, 3, 1, 4)), call, qkv)
+                taken[name] = both_passes(of_qkv, [qkv], least)
         base = taken["softmax, SDPA"]
         for name, found in taken.items():
             cells = [f"{1e6 * s:,.0f}" for s in found] + [f"{a / b:.2f}" for a, b in zip(base, found, strict=True)]
@@ -108,6 +112,28 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
     head = ["attention", "B x N x H x K", "forward, us", "backward, us", "SDPA / it", "backward",
             "share of copying", "backward"]  # fmt: skip
     return f"A copy moves {rate / 1e9:,.0f} GB/s.\n\n{markdown(head, rows)}"
+
+
+def convolution_table(shapes: list[tuple[int, int, int, int]], name: str, least: float) -> str:
+    """Of an addition to the values, for shapes B, rows and columns, H, K; backward is by the weight too."""
+    rate, rows = copied_per_second(least), []
+    for B, side, H, K in shapes:
+        add = build_additions([name], Shape(H * K, H, K, 1))[name].to(DEVICE)
+        qkv = torch.randn(B, 1 + side * side, 3, H, K, device=DEVICE, dtype=DTYPE)
+        v = qkv.permute(2, 0, 3, 1, 4)[2].requires_grad_()
+        least_bytes = [v.numel() * v.element_size() * n for n in (2, 3)]
+        taken = {}
+        for how in ("torch", "triton") if CUDA else ("torch",):
+            with implementation(how):
+                taken[how] = both_passes(partial(add, v, None, (side, side)), [v, add.weight], least)
+        for how, found in taken.items():
+            cells = [f"{1e6 * s:,.0f}" for s in found]
+            cells += [f"{a / b:.2f}" for a, b in zip(taken["torch"], found, strict=True)]
+            cells += [f"{n / rate / s:.0%}" for n, s in zip(least_bytes, found, strict=True)]
+            rows.append([f"{name}, {how}", f"{B} x {side} x {side} x {H} x {K}", *cells])
+    head = ["convolution", "B x grid x H x K", "forward, us", "backward, us", "torch / it", "backward",
+            "share of copying", "backward"]  # fmt: skip
+    return markdown(head, rows)
 
 
 def ready(vit: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -214,6 +240,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of the larger batch")
     parser.add_argument("--seconds", type=float, default=0.15, help="of a figure")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
+    parser.add_argument("--convolution", action="store_true", help="only the table of the convolution")
     parser.add_argument("--build", action="store_true", help="only fill the compilers' caches")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-gpu.md")
     args = parser.parse_args()
@@ -221,11 +248,15 @@ def main() -> None:
     shapes = [(1, 257, 16, 64), (128, 257, 16, 64), (32, 1025, 16, 64), (8, 4097, 16, 64), (2, 16385, 16, 64)]
     if args.tiny:
         shapes, args.models, args.sizes, args.tokens, args.seconds = [(1, 17, 2, 8)], ["test_vit"], [32], 34, 0.01
+    grids = [(1, 4, 2, 8)] if args.tiny else [(127, 16, 16, 64), (8, 64, 16, 64), (1, 16, 16, 64)]
     where = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU thread(s), no GPU"
     said = [f"{where}, torch {torch.__version__}, bf16"]
     if not args.build:
-        said.append(attention_table(shapes, args.seconds))
+        said += [] if args.convolution else [attention_table(shapes, args.seconds)]
+        said.append(convolution_table(grids, "value_conv5", args.seconds))
         print("\n\n".join(said), flush=True)
+    if args.convolution:
+        return
     table = models_table(args.models, args)
     if args.build:
         return

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.common import markdown
 from models import kernels
-from models.kernels import triton_attention
+from models.kernels import convolution, triton_attention, triton_convolution
 
 KERNELS = [(name, passes) for name in ("forward", "backward") for passes in ("both", "first", "second")]
 ARCHITECTURES = (80, 90)
@@ -56,8 +56,34 @@ def compile_ahead(
         else:
             signature[key] = f"*{'fp32' if key in FP32 else dtype}"
             attributes[i,] = [["tt.divisibility", 16]]
+    return measured(kernel, signature, constants, attributes, {key: how[key] for key in OPTIONS}, capability)
+
+
+def convolution_ahead(name: str, size: int, head_dim: int, capability: int) -> dict[str, Any]:
+    """As `compile_ahead`, of the convolution in bf16 over 16 heads."""
+    kernel = getattr(triton_convolution, f"{name}_kernel")
+    how, _, _ = convolution.constants(size * size, 16 * head_dim, rows=16)
+    constants = {key: value for key, value in how.items() if key not in OPTIONS} | {"K": head_dim, "D": 16 * head_dim}
+    constants |= {"BASE": triton_convolution.OTHER, "TURNED": False, "parts": 1} if name == "convolution" else {}
+    signature, attributes = {}, {}
+    for i, key in enumerate(kernel.arg_names):
+        if key in constants:
+            signature[key] = "constexpr"
+        elif key in ("v", "base", "out", "dy", "taps", "dtaps"):
+            signature[key] = "*fp32" if "taps" in key else "*bf16"
+            attributes[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[key] = "i32"
+            if key[1:] in ("B", "H", "N"):
+                attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
+    return measured(kernel, signature, constants, attributes, {key: how[key] for key in OPTIONS}, capability)
+
+
+def measured(
+    kernel: Any, signature: dict, constants: dict, attributes: dict, options: dict, capability: int
+) -> dict[str, Any]:
+    """Registers per thread, bytes of spills and of shared memory."""
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {key: how[key] for key in OPTIONS}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -80,7 +106,8 @@ def main() -> None:
     kinds = [*dict.fromkeys(kernels.MAPS.values()), "FOCUSED-6"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 80, 88, 96, 128))
-    parser.add_argument("--maps", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--maps", nargs="*", choices=kinds, default=kinds, help="of attention")
+    parser.add_argument("--sizes", type=int, nargs="*", default=(3, 5), help="of the convolution")
     parser.add_argument("--for", dest="capabilities", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args()
@@ -90,6 +117,13 @@ def main() -> None:
         for head_dim in args.head_dims
         for kind in args.maps
         for name, passes in KERNELS
+    }
+    found |= {
+        (name, "all", f"{size}x{size}", head_dim, capability): convolution_ahead(name, size, head_dim, capability)
+        for capability in args.capabilities
+        for head_dim in args.head_dims
+        for size in args.sizes
+        for name in ("convolution", "taps")
     }
     if args.json:
         print(json.dumps({"-".join(map(str, key)): values for key, values in found.items()}))

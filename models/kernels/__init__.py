@@ -18,9 +18,7 @@ INSTALLED = find_spec("triton") is not None  # torch brings it along where it ha
 MAX_HEAD_DIM = 128
 WHOLE_POWERS = range(1, 17)  # of focused: so many products in place of a logarithm and an exponential
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-import os
-
-DOT = os.environ.get("DOT", "1") == "1"
+DOT = True
 FEW = 8  # shares, which the second pass adds up by itself
 PROGRAMS = 512  # at least, where tokens suffice: about four for each multiprocessor of an H100
 
@@ -59,7 +57,7 @@ def _linear_attention(
     q: Tensor, k: Tensor, v: Tensor, kind: str, exponent: int, keep: bool,
     power: Tensor | None, shift: Tensor | None, q_map: Tensor | None, k_map: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [B, H, N, K]; in fp32 norm [B, H, N] and sums [B, H, halves, K + 1, K], the state and as its last row the total.
+    """out [B, H, N, K]; in fp32 norm [B, H, N] and sums [B, H, halves, K + 1, K]: state and, last row, total.
 
     Args:
         q, k, v: [B, H, N, K], any strides.

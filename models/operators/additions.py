@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import Shape, wide
+from ..kernels import convolution
+from .core import Shape, preferred, wide
 from .rala import constant_linear
 
 torch.fx.wrap("wide")  # a leaf of a graph, because it looks at a dtype
@@ -51,14 +52,8 @@ class Convolution(nn.Module):
 
     def __init__(self, shape: Shape, size: int) -> None:
         super().__init__()
-        self.prefix, self.padding = shape.num_prefix_tokens, size // 2
+        self.prefix = shape.num_prefix_tokens
         self.weight = nn.Parameter(torch.zeros(shape.num_heads * shape.head_dim, 1, size, size))
-
-    def convolved(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, H, N, K] -> [B, H, N, K]."""
-        maps = as_maps(v, self.prefix, grid)
-        maps = F.conv2d(maps, self.weight.to(maps.dtype), padding=self.padding, groups=maps.shape[1])
-        return as_tokens(maps, v, self.prefix)
 
 
 class ValueConvolution(Convolution):
@@ -68,7 +63,7 @@ class ValueConvolution(Convolution):
 
     def forward(self, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] -> [B, H, N, K]."""
-        return v + self.convolved(v, grid)
+        return plus_convolved(None, v, self.weight, self.prefix, grid)
 
 
 class LocalConvolution(Convolution):
@@ -78,7 +73,7 @@ class LocalConvolution(Convolution):
 
     def forward(self, out: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] -> [B, H, N, K]."""
-        return out + self.convolved(v, grid)
+        return plus_convolved(out, v, self.weight, self.prefix, grid)
 
 
 class LocalDynamic(nn.Module):
@@ -112,6 +107,19 @@ class LocalDynamic(nn.Module):
         one = maps.reshape(1, B * C, rows, columns)  # each image has kernels of its own
         one = F.conv2d(one, kernels.reshape(B * C, 1, 3, 3).to(maps.dtype), padding=1, groups=B * C)
         return out + as_tokens(one.reshape(B, C, rows, columns), v, self.prefix)
+
+
+@torch.fx.wrap
+def plus_convolved(
+    base_BHNK: Tensor | None, v_BHNK: Tensor, weight: Tensor, prefix: int, grid: tuple[int, int]
+) -> Tensor:
+    """base + conv(v), [B, H, N, K]; v + conv(v) without a base. Kernels where `implementation_of` has them."""
+    if not torch.jit.is_scripting():
+        if preferred(v_BHNK) == "triton" and convolution.serves(v_BHNK, weight, base_BHNK):
+            return convolution.convolve(v_BHNK, weight, prefix, grid, base_BHNK)
+    maps = as_maps(v_BHNK, prefix, grid)
+    maps = F.conv2d(maps, weight.to(maps.dtype), padding=weight.shape[-1] // 2, groups=maps.shape[1])
+    return (v_BHNK if base_BHNK is None else base_BHNK) + as_tokens(maps, v_BHNK, prefix)
 
 
 def as_maps(x_BHNK: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:

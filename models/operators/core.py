@@ -178,15 +178,23 @@ def implementation_of(name: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 
     Where kernels do not serve an operator, a head dimension or a dtype, torch does.
     """
-    chosen = _chosen
-    if chosen is None:
-        chosen = "triton" if q.is_cuda and kernels.INSTALLED else "torch"
+    chosen = preferred(q)
     return "torch" if chosen == "triton" and not kernels.serves(name, q, k, v) else chosen
+
+
+def preferred(x: Tensor) -> str:
+    """`implementation_of` before it is known what kernels serve."""
+    if _chosen is not None:
+        return _chosen
+    return "triton" if x.is_cuda and kernels.INSTALLED else "torch"
 
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Within it this process computes attention by one of `IMPLEMENTATIONS`. Raises ValueError on another name."""
+    """Within it this process computes attention, and convolutions, by one of `IMPLEMENTATIONS`.
+
+    Raises ValueError on another name.
+    """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r}: unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     global _chosen

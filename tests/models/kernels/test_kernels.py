@@ -34,9 +34,8 @@ def test_forward_and_backward_are_the_formula():
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_builds_ahead_of_time(capability):
-    found = said(
-        "benchmarks.kernels", "--json", "--maps", "ELU1", "HEDGEHOG", "--head_dims", "64", "--for", str(capability)
-    )
+    how = f"--json --maps ELU1 HEDGEHOG --head_dims 64 --sizes --for {capability}"
+    found = said("benchmarks.kernels", *how.split())
     assert len(found) == 12
     for name, built in found.items():
         assert 16 <= built["registers"] <= 255, name
