@@ -22,7 +22,8 @@ from benchmarks.common import markdown
 from models import kernels
 from models.kernels import convolution, triton_attention, triton_convolution
 
-KERNELS = [(name, passes) for name in ("forward", "backward") for passes in ("both", "first", "second")]
+PASSES = {"forward": ("first", "second"), "backward": ("both", "first", "second")}
+KERNELS = [(name, passes) for name, of_it in PASSES.items() for passes in of_it]
 ARCHITECTURES = (80, 90)
 FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map"}
 INTEGERS = {"H", "N", "SHARES", "PARTS"}
@@ -39,7 +40,7 @@ def compile_ahead(
     how = kernels.constants(kind, int(power or 0), head_dim, floats, name == "backward", passes.upper())
     constants = {key: value for key, value in how.items() if key not in OPTIONS}
     constants |= {"MAP": getattr(triton_attention, kind), "POWER": int(power or 0), "K": head_dim}
-    constants |= {"PASSES": getattr(triton_attention, passes.upper())} | ({"KEEP": True} if name == "forward" else {})
+    constants |= {"PASSES": getattr(triton_attention, passes.upper())}
     constants |= {"SHARES": 1, "PARTS": 1} if passes == "both" else {}
     taken = {"FOCUSED": {"power"} - ({"power"} if power else set()), "EXP": {"shift"}, "HEDGEHOG": {"q_map", "k_map"}}
     constants |= dict.fromkeys({"power", "shift", "q_map", "k_map"} - taken.get(kind, set()))

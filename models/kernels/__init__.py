@@ -18,7 +18,6 @@ INSTALLED = find_spec("triton") is not None  # torch brings it along where it ha
 MAX_HEAD_DIM = 128
 WHOLE_POWERS = range(1, 17)  # of focused: so many products in place of a logarithm and an exponential
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DOT = True
 FEW = 8  # shares, which the second pass adds up by itself
 PROGRAMS = 512  # at least, where tokens suffice: about four for each multiprocessor of an H100
 
@@ -72,26 +71,23 @@ def _linear_attention(
 
     B, H, N, K = q.shape
     q, k, v = map(_rows, (q, k, v))
-    how, n, at_once = _how(kind, exponent, q, backward=False)
-    out, norm, sums = _outputs(q, v, kind, keep or not at_once)
+    how, n = _how(kind, exponent, q, backward=False)
+    out, norm, sums = _outputs(q, v, kind, keep=True)
 
-    def launch(passes: str, sums: Tensor, parts: int = 1) -> None:
+    def launch(passes: str, sums: Tensor, parts: int) -> None:
         kernels.forward_kernel[B * H, n](
             q, k, v, q_map, k_map, power, shift, sums, out, norm, H, N, K**-0.25, *_strides(q, k, v, out), n, parts,
-            KEEP=keep and at_once, **how(passes),
+            **how(passes),
         )  # fmt: skip
 
-    if at_once:
-        launch("BOTH", sums)
-    else:
-        _in_two(launch, sums, n, keep)
+    _in_two(launch, sums, n, keep)
     return out, norm, sums if keep else sums.new_empty(0)
 
 
-def _in_two(launch: Callable, sums: Tensor, shares: int, keep: bool) -> None:
+def _in_two(launch: Callable[[str, Tensor, int], None], sums: Tensor, shares: int, keep: bool) -> None:
     """Both passes one after the other. What the shares add up to is left in `sums` if `keep`."""
     parts = sums if shares == 1 else sums.new_empty(*sums.shape[:2], shares, *sums.shape[2:])
-    launch("FIRST", parts)
+    launch("FIRST", parts, shares)
     if shares > 1 and (keep or shares > FEW):
         torch.sum(parts, 2, out=sums)
         parts, shares = sums, 1
@@ -114,17 +110,17 @@ def _backward(
     B, H, N, K = q.shape
     q, k, v, dy = map(_rows, (q, k, v, dy))
     dnorm = dnorm.contiguous()
-    how, n, at_once = _how(kind, exponent, q, backward=True)
+    how, n = _how(kind, exponent, q, backward=True)
     dq, dk, dv, dpower, dmap = _derivatives(q, k, v, kind, power, n)
 
-    def launch(passes: str, dsums: Tensor, parts: int = 1) -> None:
+    def launch(passes: str, dsums: Tensor, parts: int) -> None:
         kernels.backward_kernel[B * H, n](
             q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, sums, dsums, dq, dk, dv, dpower, dmap,
             H, N, K**-0.25, *_strides(q, k, v, dy, dq, dk), n, parts, **how(passes),
         )  # fmt: skip
 
-    if at_once:
-        launch("BOTH", sums)  # which has no use for memory of its own
+    if n == 1:
+        launch("BOTH", sums, 1)  # which has no use for memory of its own
     else:
         _in_two(launch, torch.empty_like(sums), n, keep=False)
     return dq, dk, dv, *(x.sum(3) if x.numel() else x for x in (dpower, dmap))
@@ -208,23 +204,17 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _how(kind: str, exponent: int, q: Tensor, backward: bool) -> tuple[Callable[[str], dict[str, Any]], int, bool]:
-    """Constants of a launch by its passes, in how many shares a head is taken, whether both passes are made at once."""
+def _how(kind: str, exponent: int, q: Tensor, backward: bool) -> tuple[Callable[[str], dict[str, Any]], int]:
+    """The constants of a launch by its passes, and in how many shares a head is taken."""
     from . import triton_attention as kernels
 
     B, H, N, K = q.shape
-    shares = _shares(B * H, N)
 
     def how(passes: str) -> dict[str, Any]:
         given = {"K": K, "MAP": getattr(kernels, kind), "POWER": exponent, "PASSES": getattr(kernels, passes)}
         return given | constants(kind, exponent, K, q.dtype, backward, passes)
 
-    return how, shares, shares == 1 and at_once(kind, backward)
-
-
-def at_once(kind: str, backward: bool) -> bool:
-    """Whether both passes are made at once, where a program has a whole head."""
-    return backward or kind in ("FOCUSED", "HEDGEHOG")
+    return how, _shares(B * H, N)
 
 
 def constants(kind: str, exponent: int, K: int, dtype: torch.dtype, backward: bool, passes: str) -> dict[str, Any]:
@@ -234,9 +224,14 @@ def constants(kind: str, exponent: int, K: int, dtype: torch.dtype, backward: bo
     """
     BK = max(32, 1 << (K - 1).bit_length())
     light = BK <= 64 and dtype != torch.float32
-    narrow = not light or kind == "HEDGEHOG" or (kind == "FOCUSED" and not (exponent and backward))
-    stages = 3 if narrow and kind == "FOCUSED" else 2
-    return {"BK": BK, "BN": 32 if narrow else 64, "num_warps": 4 if light else 8, "num_stages": stages, "DOT": DOT}
+    focused = kind == "FOCUSED"
+    if not light:
+        BN, stages = 32, 3 if backward and focused else 2
+    elif backward:
+        BN, stages = (32 if focused or kind == "HEDGEHOG" else 64), (3 if focused else 2)
+    else:
+        BN, stages = 64, (3 if focused or (kind, passes) == ("HEDGEHOG", "FIRST") else 2)
+    return {"BK": BK, "BN": BN, "num_warps": 4 if light else 8, "num_stages": stages}
 
 
 def _shares(heads: int, N: int) -> int:

@@ -2,11 +2,11 @@
 
     S = sum_n phi(k_n) v_n^T,  z = sum_n phi(k_n),  d = phi(q) z,  y = phi(q) S / d        arXiv 2006.16236, equation 5
 
-A program has a head of an image, and makes both passes at once; or a share of its tokens and one pass, where heads
-alone would leave multiprocessors idle. Shares are added in the same order each time, so results are the same to the
-bit. Features never reach memory. They are rounded to the dtype of v for the products, which accumulate in fp32, as S, z
-and d do. Backward reads q, k, v, dy and the fp32 state, makes the features again, and needs dS and dz between its two
-passes; with u = dy / d:
+A program has a head of an image, or a share of its tokens where heads alone would leave multiprocessors idle. In
+forward it makes one of the passes; in backward both at once where it has a whole head. Shares are added in the same
+order each time, so results are the same to the bit. Features never reach memory. They are rounded to the dtype of v for
+the products, which accumulate in fp32, as S, z and d do. Backward reads q, k, v, dy and the fp32 state, makes the
+features again, and needs dS and dz between its two passes; with u = dy / d:
 
     df = u S^T + e z,  e = -(phi(q) u S^T) / d,  dS = phi(q)^T u,  dz = phi(q)^T e,  dg = v dS^T + dz,  dv = phi(k) dS
 
@@ -238,52 +238,35 @@ def _split(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _column_sums(f, rows, sums, DOT: tl.constexpr):
-    """sums + what the rows of f add up to: by a product with ones, [BK, 16], so that warps need not meet."""
-    if DOT:
-        ones = tl.where(rows[:, None], tl.full([f.shape[0], 16], 1.0, f.dtype), 0.0).to(f.dtype)
-        sums = _dot(tl.trans(f), ones, sums)
-    else:
-        sums += tl.sum(tl.where(rows[:, None], f.to(tl.float32), 0.0), 0)
-    return sums
+def _column_sums(f, rows, sums):
+    """sums [BK, 16] + what the rows of f add up to, in each column: by a product with ones, for which no warp waits.
 
-
-@triton.jit
-def _weighted_sums(f, e, sums, dtype: tl.constexpr, DOT: tl.constexpr):
-    if DOT:
-        sums = _dot(tl.trans(f.to(dtype)), _split(e, dtype), sums)
-    else:
-        sums += tl.sum(f * e[:, None], 0)
-    return sums
-
-
-@triton.jit
-def _zero_sums(BK: tl.constexpr, DOT: tl.constexpr):
-    return tl.zeros([BK, 16] if DOT else [BK], tl.float32)
+    Nothing that comes out of a product may be the narrow operand: Triton 3.6 then writes beyond it.
+    """
+    ones = tl.where(rows[:, None], tl.full([f.shape[0], 16], 1.0, f.dtype), 0.0).to(f.dtype)
+    return _dot(tl.trans(f), ones, sums)
 
 
 @triton.jit
 def forward_kernel(
     q, k, v, q_map, k_map, power, shift, sums, out, norm, H, N, scale,
     qB, qH, qN, kB, kH, kN, vB, vH, vN, oB, oH, oN, SHARES, PARTS,
-    K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr, KEEP: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, K] and norm [B, H, N] of a head, or of a share of its tokens.
 
     PASSES: FIRST writes the sums over a share's keys, [B H, SHARES, halves, K + 1, K]: the state, and the total as its
-    last row. SECOND adds them up, where there are PARTS for each head, and writes out and norm. BOTH does it at once,
-    and writes the sums if KEEP.
+    last row. SECOND adds them up, where there are PARTS for each head, and writes out and norm.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     columns = _columns(K, BK)
     dtype: tl.constexpr = v.dtype.element_ty
     first, last = _range(N, SHARES, BN)
-    if PASSES != SECOND:
+    if PASSES == FIRST:
         w, P, L = _given(power, shift, k_map, bh, h, K, columns, dtype, MAP, POWER)
         S = tl.zeros([BK, BK], tl.float32)
-        z = _zero_sums(BK, DOT)
+        z = tl.zeros([BK, 16], tl.float32)
         S1, z1 = S, z
         for start in range(first, last, BN):
             n = start + tl.arange(0, BN)
@@ -293,43 +276,27 @@ def forward_kernel(
             f, g = _phi(x.to(dtype) if MAP == HEDGEHOG else x, w, P, L, scale, columns, MAP, POWER, False)
             f = f.to(dtype)
             S = _dot(tl.trans(f), y, S)
-            z = _column_sums(f, rows, z, DOT)
+            z = _column_sums(f, rows, z)
             if MAP == HEDGEHOG:
                 g = g.to(dtype)
                 S1 = _dot(tl.trans(g), y, S1)
-                z1 = _column_sums(g, rows, z1, DOT)
-        if DOT:
-            z, z1 = tl.max(z, 1), tl.max(z1, 1)  # the columns are equal
-        if PASSES == FIRST or KEEP:
-            _store_sums(sums, bh * SHARES + tl.program_id(1), K, columns, S, z, S1, z1, MAP)
-        R, R1 = S.to(dtype), S1.to(dtype)
+                z1 = _column_sums(g, rows, z1)
+        _store_sums(sums, bh * SHARES + tl.program_id(1), K, columns, S, tl.max(z, 1), S1, tl.max(z1, 1), MAP)
     else:
-        R, z, R1, z1 = _sums_of(sums, bh, PARTS, K, columns, dtype, MAP)
-    if PASSES != FIRST:
         w, P, L = _given(power, shift, q_map, bh, h, K, columns, dtype, MAP, POWER)
-        Z, Z1 = z, z1
-        if DOT:
-            Z, Z1 = _split(z, dtype), _split(z1, dtype)
+        S, z, S1, z1 = _sums_of(sums, bh, PARTS, K, columns, dtype, MAP)
+        z, z1 = _split(z, dtype), _split(z1, dtype)
         for start in range(first, last, BN):
             n = start + tl.arange(0, BN)
             rows = n < last
             x = _load(q + b * qB + h * qH, qN, n, columns, rows)
             f, g = _phi(x.to(dtype) if MAP == HEDGEHOG else x, w, P, L, scale, columns, MAP, POWER, True)
             f = f.to(dtype)
-            y = _dot(f, R)
-            if DOT:
-                d = _dot(f, Z)
-            else:
-                d = tl.sum(f.to(tl.float32) * z[None, :], 1)
+            y, d = _dot(f, S), _dot(f, z)
             if MAP == HEDGEHOG:
                 g = g.to(dtype)
-                y = _dot(g, R1, y)
-                if DOT:
-                    d = _dot(g, Z1, d)
-                else:
-                    d += tl.sum(g.to(tl.float32) * z1[None, :], 1)
-            if DOT:
-                d = tl.sum(d, 1)
+                y, d = _dot(g, S1, y), _dot(g, z1, d)
+            d = tl.sum(d, 1)
             _store(out + b * oB + h * oH, oN, n, columns, rows, y * (1 / tl.maximum(d, EPS))[:, None])
             tl.store(norm + bh * N + n, d, mask=rows)
 
@@ -339,7 +306,7 @@ def backward_kernel(
     q, k, v, dy, norm, dnorm, q_map, k_map, power, shift, sums, dsums, dq, dk, dv, dpower, dmap,
     H, N, scale, qB, qH, qN, kB, kH, kN, vB, vH, vN, yB, yH, yN, dqB, dqH, dqN, dB, dH, dN, SHARES, PARTS,
     K: tl.constexpr, MAP: tl.constexpr, POWER: tl.constexpr, PASSES: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of a head, or of a share of its tokens; dk and dv have the same strides.
 
@@ -358,7 +325,7 @@ def backward_kernel(
         w, P, L = _given(power, shift, q_map, bh, h, K, columns, dtype, MAP, POWER)
         S, z, S1, z1 = _sums_of(sums, bh, 1, K, columns, dtype, MAP)
         dS = tl.zeros([BK, BK], tl.float32)
-        dz = _zero_sums(BK, DOT)
+        dz = tl.zeros([BK], tl.float32)
         dS1, dz1, dW, dP = dS, dz, dS, 0.0
         for start in range(first, last, BN):
             n = start + tl.arange(0, BN)
@@ -382,16 +349,14 @@ def backward_kernel(
             if MAP == HEDGEHOG:
                 dg += e[:, None] * z1[None, :]
                 dS1 = _dot(tl.trans(g.to(dtype)), u, dS1)
-                dz1 = _weighted_sums(g, e, dz1, dtype, DOT)
+                dz1 += tl.sum(g * e[:, None], 0)
             dx, dp, dw = _dphi(x, w, f, g, df, dg, P, scale, columns, rows, MAP, POWER)
             if MAP == HEDGEHOG:
                 dW += dw
             dP += dp
             dS = _dot(tl.trans(f.to(dtype)), u, dS)
-            dz = _weighted_sums(f, e, dz, dtype, DOT)
+            dz += tl.sum(f * e[:, None], 0)
             _store(dq + b * dqB + h * dqH, dqN, n, columns, rows, dx)
-        if DOT:
-            dz, dz1 = tl.sum(dz, 1), tl.sum(dz1, 1)
         if PASSES == FIRST:
             _store_sums(dsums, place, K, columns, dS, dz, dS1, dz1, MAP)
         if MAP == FOCUSED and POWER == 0:
