@@ -52,6 +52,13 @@ Factors = checked(list[float], "a list of numbers above 0", lambda v: v and min(
 Interval = checked(list[float], "two values, 0 < least <= most", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
 Shares = checked(list[float], "two values, 0 < least <= most <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 
+Auto = checked(str, "auto:K for K blocks", lambda v: re.fullmatch(r"auto:[1-9]\d*", v))
+
+
+def count_of(auto: str) -> int:
+    """K of auto:K."""
+    return int(auto.removeprefix("auto:"))
+
 
 def non_empty(kind: Any) -> Any:
     """A list of at least one."""

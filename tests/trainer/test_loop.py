@@ -77,4 +77,5 @@ def test_on_a_gpu_torch_sees_one_wait() -> None:
     counts = looked_at(1)["waits"]
     del counts["zero 3"]  # DeepSpeed waits after each backward there
     for case, found in counts.items():
-        assert sum(found.values()) <= 1.5, (case, found)  # half: before the first of the two steps
+        each_step = {place: count for place, count in found.items() if count >= 1}  # of two; the rest comes once
+        assert sum(each_step.values()) <= 1, (case, found)

@@ -1,13 +1,22 @@
 """Settings of what a stage runs on: the teacher, the student and the images."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from trainer.fields import BelowOne, Count, Fraction, Interval, OptionalPath, PathName, Probability, Shares, checked
+from trainer.fields import (
+    Auto,
+    BelowOne,
+    Count,
+    Fraction,
+    Interval,
+    OptionalPath,
+    PathName,
+    Probability,
+    Shares,
+    checked,
+)
 from trainer.setup.resolution import ImageSize, Resolutions
 
-Auto = checked(str, "auto:K for K blocks", lambda v: re.fullmatch(r"auto:[1-9]\d*", v))
 Mean = checked(list[float], "three values (R, G, B)", lambda v: len(v) == 3)
 Std = checked(list[float], "three values (R, G, B) above 0", lambda v: len(v) == 3 and min(v) > 0)
 

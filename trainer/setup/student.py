@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import models
 from trainer.config import Settings, UserError
+from trainer.fields import count_of
 from trainer.output.paths import is_begun, is_complete, stage_path
 from trainer.setup.resolution import Size, pair
 from trainer.setup.teacher import OPERATOR_FIELDS, check_lineage, is_trained, teacher_lineage
@@ -81,7 +82,7 @@ def convert(settings: Settings, teacher: models.ViT, keep_softmax: Collection[in
 
 def check_count(keep_softmax: str, depth: int) -> int:
     """The K of `auto:K`. Raises UserError where a model of `depth` blocks has no block left to convert."""
-    count = int(keep_softmax.removeprefix("auto:"))
+    count = count_of(keep_softmax)
     if count >= depth:
         raise UserError(f"student.keep_softmax {keep_softmax}: the model has {depth} blocks; keep fewer")
     return count

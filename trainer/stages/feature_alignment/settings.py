@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.fields import CountOrZero, NonNegative, Positive
+from trainer.fields import Auto, CountOrZero, NonNegative, Positive
 from trainer.stages.alignment import check_alignment
 
 
@@ -17,8 +17,8 @@ class Stage2:
     """Weight of a prefix token (class token, registers) in the loss, where a patch token has 1."""
     standardise: bool = False
     """Compare tokens in units of the teacher's standard deviation per channel, measured before the first step."""
-    blocks: list[CountOrZero] = field(default_factory=list)
-    """Blocks whose outputs are matched as well, such as [3, 7]."""
+    blocks: list[CountOrZero] | Auto = field(default_factory=list)
+    """Blocks whose outputs are matched as well, such as [3, 7]; auto:3 takes three at equal distances."""
     block_weight: Positive = 1.0
     """Weight of the mean loss of these blocks, where the final tokens have 1."""
     attention_weight: NonNegative = 0.0
@@ -28,11 +28,11 @@ class Stage2:
         """Raises ValueError when the settings do not fit together."""
         check_alignment(settings)
         settings.probe.resolve(settings)  # quick probes are part of its evaluations
-        for name, given in (("blocks", self.blocks), ("attention_weight", self.attention_weight)):
-            if given and settings.train.compile:
-                raise ValueError(
-                    f"stage2.{name} {given}: is read inside of what train.compile compiles; use one of the two"
-                )
+        if self.attention_weight and settings.train.compile:
+            raise ValueError(
+                f"stage2.attention_weight {self.attention_weight}: is read inside of what train.compile compiles; "
+                "use one of the two"
+            )
 
 
 SETTINGS = {"stage2": Stage2}

@@ -20,6 +20,7 @@ from data.beton import open_checked
 from models import linear_blocks
 from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
+from trainer.fields import count_of
 from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Stage
 from trainer.stages.blockwise import FREE_RUNNING, errors, forced_taps, mean_of, named, teacher_forced
@@ -73,10 +74,14 @@ class FeatureAlignment(Stage):
             UserError: `stage2.blocks` names a block that there is not.
         """
         options, depth = self.settings.stage2, len(self.student.blocks)
-        if any(i >= depth for i in options.blocks):
+        blocks = options.blocks
+        if isinstance(blocks, str):
+            count = count_of(blocks)
+            blocks = [depth * i // (count + 1) for i in range(1, count + 1)] if count < depth else [depth]
+        if any(i >= depth for i in blocks):
             raise UserError(f"stage2.blocks {options.blocks}: the model has blocks 0 to {depth - 1}")
         self.linear = linear_blocks(self.student)
-        self.between = tuple(f"blocks.{i}.rc2" for i in dict.fromkeys(options.blocks))
+        self.between = tuple(f"blocks.{i}.rc2" for i in dict.fromkeys(blocks))
         self.scales: dict[str, tuple[Tensor, Tensor]] = {}  # mean and deviation [D]; no buffers, which would be bf16
         self.save_memory_and_time(self.student, self.teacher)
 
