@@ -46,6 +46,9 @@ def recipes() -> dict[str, Recipe]:
     for power in (2, 3, 4, 8):
         given = options("student", **STRONG, operator_kwargs={"power": power})
         found[f"focused, power {power}"] = Recipe("operator", given)
+    for base in ({**STRONG, "operator_kwargs": {"power": 8}}, {"operator": "hedgehog"}):
+        name = "hedgehog" if base["operator"] == "hedgehog" else "focused, power 8"
+        found[f"{name} + value_conv5"] = Recipe("addition", options("student", **base, additions=["value_conv5"]))
     for base in ({}, STRONG):
         name = base.get("operator", "elu1")
         for addition in ADDITIONS:
@@ -118,6 +121,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--steps", type=int, nargs=2, metavar=("S1", "S2"), help="another budget than the recipe's")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-recipes")
     parser.add_argument("--names", action="store_true", help="print the names of all rows, and end")
     args = parser.parse_args()
@@ -153,7 +157,7 @@ def main() -> None:
         parent = ("--student.parent", runs.export(seed, owner, 1))
         return runs.stage(seed, name, 2, row.student + row.stage2 + parent)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [(seed, name) for name in first.values() for seed in args.seeds]
         after_1 = dict(zip(jobs, pool.map(one, jobs), strict=True))
         jobs = [(seed, name) for name in table for seed in args.seeds]
