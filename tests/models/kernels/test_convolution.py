@@ -23,7 +23,7 @@ def test_forward_and_backward_are_those_of_torch():
         assert max(output, *others) < next(ROUNDING[floats] for floats in ROUNDING if floats in case), (case, of)
         assert of["deterministic"], case
     forward, both = found["value_conv5-packed-bf16-8"]["bytes"]  # with taps, and rows around strips, which caches hold
-    assert 1 < forward < 2.1 and 1 < both < 2.3
+    assert 1 < forward < 2.2 and 1 < both < 2.5
 
 
 def test_builds_ahead_of_time():
