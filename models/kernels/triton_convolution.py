@@ -10,6 +10,7 @@ are those of base. Channels are counted over all heads, c = h K + k; the taps ar
 import triton
 import triton.language as tl
 
+SIZES = ["rows", "columns", "prefix", "strips", "units", "per"]  # one kernel for all grids
 NOTHING, VALUES, OTHER = (tl.constexpr(i) for i in range(3))  # what the convolution is added to
 
 
@@ -65,7 +66,7 @@ def _store_column(
         tl.store(out + n * D, sum.to(out.dtype.element_ty), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def convolution_kernel(
     v, base, taps, out, rows, columns, prefix, strips, parts, vB, vH, vN, bB, bH, bN,
     K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BASE: tl.constexpr, TURNED: tl.constexpr,
@@ -120,7 +121,7 @@ def convolution_kernel(
         _store_column(out, base, sums, y, end - 1 - P + j, first, last, rows, columns, bN, there, j, D, BASE, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def taps_kernel(
     dy, v, dtaps, rows, columns, prefix, strips, units, per, yB, yH, yN, vB, vH, vN,
     K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
