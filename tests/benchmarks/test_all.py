@@ -72,4 +72,4 @@ def test_bench_gpu_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     said = (tmp_path / "runs/bench-gpu.md").read_text()
     for name in ("softmax, SDPA", *(f"{name}, t" for name in (*gpu.OPERATORS, "value_conv5"))):
         assert f"| {name}" in said
-    assert sum(line.startswith("| test_vit | 32 | ") for line in said.splitlines()) == 2  # one image, and 34 tokens
+    assert sum(line.startswith("| test_vit | 32 | ") for line in said.splitlines()) == 3  # one image, 34 tokens, memory
