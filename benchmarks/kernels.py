@@ -1,7 +1,8 @@
 """The Triton kernels, built ahead of time for GPUs that need not be here.
 
 `python -m benchmarks.kernels` compiles each kernel for sm_80 and sm_90 and prints registers, spills and shared memory.
-It needs Triton and no GPU. `tests/models/kernels/interpreted.py` counts the bytes.
+It needs Triton and no GPU. `tests/models/kernels/interpreted.py` and
+`interpreted_convolution.py` beside it count the bytes.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import DTYPES, _like, _rows, _strides
 
-ROWS = {3: 8, 5: 4, 7: 2}  # size of the kernel -> rows of a program's strip, as many as registers hold
+ROWS = {3: 4, 5: 4, 7: 2}  # size of the kernel -> rows of a strip, as many as leave registers for other warps
 PROGRAMS = 2048  # at least, where patches suffice: about 16 for each multiprocessor of an H100
 CHANNELS = 64  # of a program, which is one warp
 

@@ -10,6 +10,7 @@ are those of base. Channels are counted over all heads, c = h K + k; the taps ar
 import triton
 import triton.language as tl
 
+SIZES = ["rows", "columns", "prefix", "strips", "units", "per"]  # one kernel for all grids
 NOTHING, VALUES, OTHER = (tl.constexpr(i) for i in range(3))  # what the convolution is added to
 
 
@@ -30,8 +31,16 @@ def _column(at, y, x, rows, columns, stride, there, COUNT: tl.constexpr):
     values = ()
     for i in tl.static_range(COUNT):
         inside = there & (y + i >= 0) & (y + i < rows)
-        values += (tl.load(at + ((y + i) * columns + x) * stride, mask=inside, other=0.0).to(tl.float32),)
+        values += (tl.load(at + ((y + i) * columns + x) * stride, mask=inside, other=0.0),)
     return values
+
+
+@triton.jit
+def _wide(values, COUNT: tl.constexpr):
+    wide = ()
+    for i in tl.static_range(COUNT):
+        wide += (values[i].to(tl.float32),)
+    return wide
 
 
 @triton.jit
@@ -57,7 +66,7 @@ def _store_column(
         tl.store(out + n * D, sum.to(out.dtype.element_ty), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def convolution_kernel(
     v, base, taps, out, rows, columns, prefix, strips, parts, vB, vH, vN, bB, bH, bN,
     K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BASE: tl.constexpr, TURNED: tl.constexpr,
@@ -95,8 +104,10 @@ def convolution_kernel(
     last = tl.minimum(first + width, columns)
     end = tl.minimum(last + P, columns)
     sums = _zeros(SIZE * ROWS, BC)
+    ahead = _column(v, y - P, tl.maximum(first - P, 0), rows, columns, vN, there, ROWS + 2 * P)
     for x in range(tl.maximum(first - P, 0), end):
-        values = _column(v, y - P, x, rows, columns, vN, there, ROWS + 2 * P)
+        values = _wide(ahead, ROWS + 2 * P)
+        ahead = _column(v, y - P, tl.minimum(x + 1, columns - 1), rows, columns, vN, there, ROWS + 2 * P)
         after = ()  # of columns x - P to x + P; those of x - P are complete
         for j in tl.static_range(SIZE):
             for r in tl.static_range(ROWS):
@@ -110,7 +121,7 @@ def convolution_kernel(
         _store_column(out, base, sums, y, end - 1 - P + j, first, last, rows, columns, bN, there, j, D, BASE, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def taps_kernel(
     dy, v, dtaps, rows, columns, prefix, strips, units, per, yB, yH, yN, vB, vH, vN,
     K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
@@ -124,16 +135,20 @@ def taps_kernel(
     for unit in range(share * per, tl.minimum(share * per + per, units)):
         b = (unit // strips).to(tl.int64)
         y = unit % strips * ROWS
-        window = ()  # dy of columns x + P, x + P - 1, ... x - P
-        for j in tl.static_range(SIZE):
+        window = ()  # dy of columns x + P - 1 to x - P
+        for j in tl.static_range(2 * P):
             if j < P:
-                window += _column(dy + b * yB, y, P - 1 - j, rows, columns, yN, there & (P - 1 - j < columns), ROWS)
+                column = _column(dy + b * yB, y, P - 1 - j, rows, columns, yN, there & (P - 1 - j < columns), ROWS)
+                window += _wide(column, ROWS)
             else:
                 window += _zeros(ROWS, BC)
+        entering = _column(dy + b * yB, y, P, rows, columns, yN, there & (columns > P), ROWS)
+        ahead = _column(v + b * vB, y - P, 0, rows, columns, vN, there, ROWS + 2 * P)
         for x in range(columns):
-            entering = _column(dy + b * yB, y, x + P, rows, columns, yN, there & (x + P < columns), ROWS)
-            window = entering + window[: 2 * P * ROWS]
-            values = _column(v + b * vB, y - P, x, rows, columns, vN, there, ROWS + 2 * P)
+            window = _wide(entering, ROWS) + window
+            values = _wide(ahead, ROWS + 2 * P)
+            entering = _column(dy + b * yB, y, x + 1 + P, rows, columns, yN, there & (x + 1 + P < columns), ROWS)
+            ahead = _column(v + b * vB, y - P, tl.minimum(x + 1, columns - 1), rows, columns, vN, there, ROWS + 2 * P)
             after = ()
             for i in tl.static_range(SIZE):
                 for j in tl.static_range(SIZE):
@@ -142,5 +157,6 @@ def taps_kernel(
                         sum = tl.fma(window[j * ROWS + r], values[r + i], sum)
                     after += (sum,)
             sums = after
+            window = window[: 2 * P * ROWS]
     for i in tl.static_range(SIZE * SIZE):
         tl.store(dtaps + (share * SIZE * SIZE + i) * D + c, sums[i], mask=there)

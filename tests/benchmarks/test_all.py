@@ -70,6 +70,6 @@ def test_bench_gpu_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--out", str(tmp_path / "runs/bench-gpu.md")])
     gpu.main()
     said = (tmp_path / "runs/bench-gpu.md").read_text()
-    for name in ("softmax, SDPA", *(f"{name}, t" for name in gpu.OPERATORS)):
+    for name in ("softmax, SDPA", *(f"{name}, t" for name in (*gpu.OPERATORS, "value_conv5"))):
         assert f"| {name}" in said
-    assert sum(line.startswith("| test_vit | 32 | ") for line in said.splitlines()) == 2  # one image, and 34 tokens
+    assert sum(line.startswith("| test_vit | 32 | ") for line in said.splitlines()) == 3  # one image, 34 tokens, memory

@@ -60,12 +60,10 @@ def compared(name):
     given = [torch.randn(s, generator=generator).to(dtype) for s in (*[shape] * 3, (H * K, 1, size, size))]
     truth, _, _ = outcome(name, "torch", given, dtype)
     ours, forward, both = outcome(name, "triton", given, dtype)
-    again = outcome(name, "triton", given, dtype)[0] if grid[0] != 8 else ours
     assert ours[0].dtype == dtype and ours[0].transpose(1, 2).is_contiguous()
     least = [convolution.moved_bytes(given[0], name.startswith("local"), backward) for backward in (False, True)]
     return {
         "errors": [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True)],
-        "deterministic": all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)),
         "bytes": [forward / least[0], both / least[1]],
     }
 

@@ -21,9 +21,8 @@ def test_forward_and_backward_are_those_of_torch():
         output, by_weight, *others = of["errors"]
         assert by_weight < 1e-6, (case, of)
         assert max(output, *others) < next(ROUNDING[floats] for floats in ROUNDING if floats in case), (case, of)
-        assert of["deterministic"], case
     forward, both = found["value_conv5-packed-bf16-8"]["bytes"]  # with taps, and rows around strips, which caches hold
-    assert 1 < forward < 2.1 and 1 < both < 2.3
+    assert 1 < forward < 2.2 and 1 < both < 2.5
 
 
 def test_builds_ahead_of_time():
@@ -52,7 +51,7 @@ def test_what_the_kernels_do_not_serve_torch_does():
 @pytest.mark.parametrize("K", [64, 80])
 def test_on_a_gpu(name, K):
     found = {}
-    for how, dtype in (("torch", torch.float64), ("triton", torch.bfloat16)):
+    for run, how, dtype in ((0, "torch", torch.float64), (1, "triton", torch.bfloat16), (2, "triton", torch.bfloat16)):
         torch.manual_seed(0)
         add = build_additions([name], Shape(3 * K, 3, K, 5))[name].to("cuda", torch.float64)
         add.weight.data.normal_()
@@ -62,6 +61,7 @@ def test_on_a_gpu(name, K):
         with implementation(how):
             y = add(v, None, (15, 17)) if add.site == "values" else add(out, v, None, (15, 17))
         y.square().sum().backward()
-        found[how] = y.double(), qkv.grad.double(), add.weight.grad.double()
-    for ours, truth in zip(found["triton"], found["torch"], strict=True):
+        found[run] = y.double(), qkv.grad.double(), add.weight.grad.double()
+    for truth, ours, again in zip(*found.values(), strict=True):
         assert (ours - truth).norm() < 2e-2 * truth.norm()
+        assert torch.equal(ours, again)
