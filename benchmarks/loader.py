@@ -3,7 +3,7 @@
 The same JPEGs of ImageNet's size, the same crops (random resized crop to 224, flip, normalised), as many threads or
 workers as there are cores. Each contender is a process of its own; they take turns, an epoch each. Images are counted
 per second of CPU time, over all threads and workers: so a busy machine does not alter the ratio. Ours reads the .beton
-file that `data.write` makes of the folder by default, JPEGs of quality 90 too.
+file that `data.write` makes of the folder by default: JPEGs of quality 90 too, with restart markers.
 """
 
 import argparse

@@ -243,26 +243,6 @@ def _channel(n, hue, value, spread):
 
 
 @numba.njit(nogil=True)
-def enlarge(source, top, left, h, w, out):
-    """Bilinear resize of a crop: uint8 [H, W, 3] -> uint8 out [H', W', 3]."""
-    rows, columns = out.shape[0], out.shape[1]
-    for y in range(rows):
-        sy = min(max((y + 0.5) * h / rows - 0.5, 0.0), h - 1.0)
-        y0 = np.int64(sy)
-        y1 = min(y0 + 1, h - 1)
-        fy = sy - y0
-        for x in range(columns):
-            sx = min(max((x + 0.5) * w / columns - 0.5, 0.0), w - 1.0)
-            x0 = np.int64(sx)
-            x1 = min(x0 + 1, w - 1)
-            fx = sx - x0
-            for c in range(3):
-                upper = source[top + y0, left + x0, c] * (1 - fx) + source[top + y0, left + x1, c] * fx
-                lower = source[top + y1, left + x0, c] * (1 - fx) + source[top + y1, left + x1, c] * fx
-                out[y, x, c] = np.uint8(upper * (1 - fy) + lower * fy + 0.5)
-
-
-@numba.njit(nogil=True)
 def mirror(image):
     """Mirrors [H, W, C] in place."""
     width = image.shape[1]

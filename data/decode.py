@@ -1,8 +1,9 @@
 """A stored image, and the mask beside it, -> a view of both, in compiled code.
 
 Image and mask go through one function, so that they have the same crop, size and flip. For each sample it writes the
-view's RGB pixels. Where masks are asked for, the mask's labels follow them. JPEGs are decoded, and crops are shrunk, by
-FFCV's C++. The compiled code depends on the kind of view alone, not on its numbers nor on the file: it is kept.
+view's RGB pixels. Where masks are asked for, the mask's labels follow them. JPEGs are decoded by FFCV's C++: the part
+that is shown, where `jpeg.cut` can tell it from the rest. The compiled code depends on the kind of view alone, not on
+its numbers nor on the file: it is kept.
 """
 
 import ctypes
@@ -15,22 +16,22 @@ import numpy as np
 from ffcv.libffcv import lib
 from numba import types
 
-from data.augment import centre_view, distort, enlarge, masked_view, mirror, nearest, random_view
+from data.augment import centre_view, distort, masked_view, mirror, nearest, random_view
 from data.checksum import checksum_at
 from data.compiled import compiled
+from data.jpeg import cut
+from data.resize import resize
 from data.runs import read_runs
 
 IGNORE = 255  # the label of pixels that are not labelled
 
-for _name in ("imdecode", "resize"):  # by name, not by address, so that the compiled code can be kept
-    llvmlite.binding.add_symbol(f"ffcv_{_name}", ctypes.cast(getattr(lib, _name), ctypes.c_void_p).value)
+# By name, not by address, so that the compiled code can be kept.
+llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(lib.imdecode, ctypes.c_void_p).value)
 # (source, bytes, height, width, destination, crop height, crop width, offsets x, y, scale, whether to crop, to flip)
 _imdecode = types.ExternalFunction(
     "ffcv_imdecode",
     types.int32(types.intp, types.uint64, types.uint32, types.uint32, types.intp, *[types.uint32] * 8),
 )
-# (0, source, its height and width, the crop's rows and columns, destination, its height and width)
-_resize = types.ExternalFunction("ffcv_resize", types.int32(*[types.int64] * 11))
 
 
 class Samples(NamedTuple):
@@ -96,53 +97,56 @@ class Whole(NamedTuple):
 Drawn = RandomCrop | CentreCrop | MaskedCrop | Whole
 
 
-def draw(view, seed, epoch, index, image, mask, out):
-    """Writes a view of image [H, W, 3] and mask [H, W] (or [0, 0]) into out, uint8 [bytes]. For compiled code."""
+def place(view, seed, epoch, index, height, width, mask):
+    """What a view shows of an image of that size and its mask, [H, W] or [0, 0]. For compiled code.
+
+    Returns:
+        (top, left, height, width, flip) of the crop, and (height, width) of what it fills in the view, pixels.
+    """
     raise NotImplementedError
 
 
-@numba.njit(nogil=True)
-def _resize_into(image, top, left, h, w, out):
-    """Resizes a crop into uint8 out [H', W', 3]."""
-    # FFCV's resize averages areas: right for shrinking, but blocky like nearest neighbour for enlarging.
-    if h * w < out.shape[0] * out.shape[1]:
-        enlarge(image, top, left, h, w, out)
-    else:
-        _resize(
-            0, image.ctypes.data, image.shape[0], image.shape[1], top, top + h, left, left + w,
-            out.ctypes.data, out.shape[0], out.shape[1],
-        )  # fmt: skip
+def draw(view, seed, epoch, index, crop, image, above, before, mask, out):
+    """Writes what `place` says into out, uint8 [bytes]. For compiled code.
+
+    The image is uint8 [H', W', 3]: the part that begins `above` rows below and `before` columns right of the stored
+    image's corner.
+    """
+    raise NotImplementedError
 
 
-@numba.njit(nogil=True)
-def _draw_crop(image, view, crop, out):
-    top, left, h, w, flip = crop
-    seen = out[: 3 * view.rows * view.columns].reshape(view.rows, view.columns, 3)
-    _resize_into(image, top, left, h, w, seen)
-    if flip:
-        mirror(seen)
-
-
-def _draw_random(view, seed, epoch, index, image, mask, out):
+def _place_random(view, seed, epoch, index, height, width, mask):
     scale, ratio = (view.least_scale, view.most_scale), (view.least_ratio, view.most_ratio)
-    crop = random_view(seed, epoch, index, image.shape[0], image.shape[1], scale, ratio, view.hflip)
-    _draw_crop(image, view, crop, out)
+    crop = random_view(seed, epoch, index, height, width, scale, ratio, view.hflip)
+    return (*crop, view.rows, view.columns)
 
 
-def _draw_centre(view, seed, epoch, index, image, mask, out):
-    _draw_crop(image, view, centre_view(image.shape[0], image.shape[1], view.columns / view.rows, view.crop_pct), out)
+def _place_centre(view, seed, epoch, index, height, width, mask):
+    return (*centre_view(height, width, view.columns / view.rows, view.crop_pct), view.rows, view.columns)
 
 
-def _draw_masked(view, seed, epoch, index, image, mask, out):
+def _place_masked(view, seed, epoch, index, height, width, mask):
+    size, factors = (view.rows, view.columns), (view.least_resize, view.most_resize)
+    return masked_view(seed, epoch, index, mask, size, factors, view.hflip, view.max_share)
+
+
+def _place_whole(view, seed, epoch, index, height, width, mask):
+    return 0, 0, height, width, False, height, width
+
+
+def _draw_crop(view, seed, epoch, index, crop, image, above, before, mask, out):
+    top, left, h, w, flip, _, _ = crop
+    seen = out[: 3 * view.rows * view.columns].reshape(view.rows, view.columns, 3)
+    resize(image, top - above, left - before, h, w, flip, seen)
+
+
+def _draw_masked(view, seed, epoch, index, crop, image, above, before, mask, out):
+    top, left, h, w, flip, filled, across = crop
     pixels = view.rows * view.columns
     seen = out[: 3 * pixels].reshape(view.rows, view.columns, 3)
     labels = out[3 * pixels : 4 * pixels].reshape(view.rows, view.columns, 1)
-    size, resize = (view.rows, view.columns), (view.least_resize, view.most_resize)
-    top, left, h, w, flip, filled, across = masked_view(
-        seed, epoch, index, mask, size, resize, view.hflip, view.max_share
-    )
     part = np.empty((filled, across, 3), np.uint8)
-    _resize_into(image, top, left, h, w, part)
+    resize(image, top - above, left - before, h, w, False, part)
     if view.photometric:
         distort(part, seed, epoch, index)
     seen[:, :, 0], seen[:, :, 1], seen[:, :, 2] = view.red, view.green, view.blue
@@ -154,17 +158,23 @@ def _draw_masked(view, seed, epoch, index, image, mask, out):
         mirror(labels)
 
 
-def _draw_whole(view, seed, epoch, index, image, mask, out):
+def _draw_whole(view, seed, epoch, index, crop, image, above, before, mask, out):
     height, width = mask.shape
     out[: 3 * height * width].reshape(height, width, 3)[:] = image
     out[3 * height * width : 4 * height * width].reshape(height, width)[:] = mask
 
 
-_DRAW = {RandomCrop: _draw_random, CentreCrop: _draw_centre, MaskedCrop: _draw_masked, Whole: _draw_whole}
+_PLACE = {RandomCrop: _place_random, CentreCrop: _place_centre, MaskedCrop: _place_masked, Whole: _place_whole}
+_DRAW = {RandomCrop: _draw_crop, CentreCrop: _draw_crop, MaskedCrop: _draw_masked, Whole: _draw_whole}
+
+
+@numba.extending.overload(place, jit_options={"nogil": True})
+def _place_of(view, seed, epoch, index, height, width, mask):
+    return _PLACE[view.instance_class]
 
 
 @numba.extending.overload(draw, jit_options={"nogil": True})
-def _draw_of(view, seed, epoch, index, image, mask, out):
+def _draw_of(view, seed, epoch, index, crop, image, above, before, mask, out):
     return _DRAW[view.instance_class]
 
 
@@ -178,6 +188,24 @@ def bytes_of(view: Drawn) -> int:
     return 4 * view.pixels if isinstance(view, Whole) else (3 + is_masked(view)) * view.rows * view.columns
 
 
+@numba.njit(nogil=True)
+def _decode_jpeg(data, size, pixels):
+    """Decodes the first bytes of data into pixels, uint8 [H, W, 3]; whether it could."""
+    rows, columns = pixels.shape[0], pixels.shape[1]
+    to = pixels.ctypes.data
+    return _imdecode(data.ctypes.data, size, rows, columns, to, rows, columns, 0, 0, 1, 1, 0, 0) == 0
+
+
+@numba.njit(nogil=True)
+def _decode_part(stored, height, width, top, left, h, w):
+    """Decodes what a crop needs: uint8 [H', W', 3], the rows above it, the columns before it, and whether it could."""
+    part = np.empty(stored.size, np.uint8)
+    size, above, before, rows, columns = cut(stored, height, width, top, left, h, w, part)
+    pixels = np.empty((rows, columns, 3), np.uint8)
+    good = _decode_jpeg(part, size, pixels) if size > 0 else _decode_jpeg(stored, stored.size, pixels)
+    return pixels, above, before, good
+
+
 def _decode(indices, out, file, samples, masked, state, view):
     seed, epoch = state[0], state[1]
     for slot in numba.prange(len(indices)):
@@ -189,16 +217,6 @@ def _decode(indices, out, file, samples, masked, state, view):
             state[2] = index + 1
             continue  # a decoder is not to be trusted with it
         height, width = samples.size[index, 0], samples.size[index, 1]
-        if samples.raw[index]:
-            image = stored.reshape(height, width, 3)
-        else:
-            pixels = np.empty((height, width, 3), dtype=np.uint8)
-            whole = _imdecode(
-                stored.ctypes.data, stored.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
-            )
-            if whole != 0:
-                state[2] = index + 1
-            image = pixels
         if masked:
             mask = np.empty((height, width), dtype=np.uint8)
             begin = np.intp(samples.mask[index])
@@ -211,7 +229,15 @@ def _decode(indices, out, file, samples, masked, state, view):
                 continue
         else:
             mask = np.empty((0, 0), dtype=np.uint8)
-        draw(view, seed, epoch, index, image, mask, out[np.intp(slot)])
+        crop = place(view, seed, epoch, index, height, width, mask)
+        above, before = 0, 0
+        if samples.raw[index]:
+            image = stored.reshape(height, width, 3)
+        else:
+            image, above, before, good = _decode_part(stored, height, width, crop[0], crop[1], crop[2], crop[3])
+            if not good:
+                state[2] = index + 1
+        draw(view, seed, epoch, index, crop, image, above, before, mask, out[np.intp(slot)])
 
 
 _one_thread, _many_threads = compiled(_decode, parallel=False), compiled(_decode, parallel=True)

@@ -23,6 +23,7 @@ from data import cores
 from data.augment import Pair, sample_keys
 from data.beton import WRITE_AGAIN, DamagedError, open_checked
 from data.decode import Samples, bytes_of, decoder
+from data.normalise import normalise, table_of
 from data.order import MAX_AHEAD, RUN_BYTES, WINDOW, Order
 from data.pipeline import FileMap, Pipeline
 from data.read_ahead import RunReader
@@ -228,6 +229,7 @@ class Loader:
         self._dtype, self._train = dtype, seed is not None
         self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
         self._std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1) * 255
+        self._table = table_of(self._mean, self._std, dtype) if self.device.type == "cpu" else None
         drawn = view.drawn(mean, columns["size"])
         self._size = None if self._sizes is not None else (drawn.rows, drawn.columns)
         # (seed, epoch, what was found damaged), read by the compiled decoder at every batch.
@@ -355,12 +357,16 @@ class Loader:
         batch = dict(zip(columns, numbers, strict=True))
         if "valid" in batch:
             batch["valid"] = batch["valid"].bool()
-        image = views[:, : 3 * pixels].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
-        image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if masked:
             mask = views[:, 3 * pixels :].clone(memory_format=torch.contiguous_format)
             batch["mask"] = mask.unflatten(1, (height, width))
-        return {"image": image.sub_(self._mean).div_(self._std).to(self._dtype), **batch}
+        if self.device.type == "cpu":
+            image = normalise(views.numpy(), self._table, height, width)
+        else:
+            image = views[:, : 3 * pixels].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
+            image = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            image = image.sub_(self._mean).div_(self._std).to(self._dtype)
+        return {"image": image, **batch}
 
     def pixels(self, image: torch.Tensor) -> torch.Tensor:
         """Images of a batch before they were normalised: fp32 in 0..1."""

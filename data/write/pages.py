@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from ffcv.fields import BytesField, IntField, RGBImageField
+from ffcv.fields import BytesField, IntField, RGBImageField, rgb_image
 from ffcv.memory_allocator import MemoryAllocator
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
 from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data.beton import put_digest, tables_digest
 from data.checksum import checksum
+from data.jpeg import encode
 from data.runs import encode_runs
 from data.write.items import Corrupted, Items, StructureError, one_line
 from data.write.open_files import SharedFileError, reopen
@@ -154,6 +155,7 @@ def _work(read: Samples, fields, metadata, allocator, taken, done, messages, par
         signal.signal(number, signal.SIG_IGN)  # the parent's handlers are not ours; it ends its processes itself
     cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork
     warnings.simplefilter("ignore")
+    rgb_image.encode_jpeg = encode  # of this process alone
     pixels = np.zeros(256, np.int64)
     try:
         if not alone:

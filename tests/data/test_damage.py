@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from data import eval_loader, inspect
 from data.beton import open_checked, side_file
 from data.checksum import checksum
 from data.decode import Samples
+from data.jpeg import encode
 from data.loader import Loader
 from data.runs import encode_runs
 from data.views import CentreView, StoredView
@@ -135,7 +135,7 @@ def test_one_flipped_bit_of_an_image_is_noticed_and_named(tmp_path, raw_share):
     stored = Pictures(False)[2][0]
     content = bytearray(path.read_bytes())
     if raw_share == 0:  # inside the second half of the JPEG: it decodes without an error
-        stored = cv2.imencode(".jpg", stored[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+        stored = encode(stored, 90)
     at = content.index(stored.tobytes()) + stored.size // 2
     content[at] ^= 4
     path.write_bytes(content)

@@ -10,13 +10,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from ffcv.fields import rgb_image
 from ffcv.loader import epoch_iterator
 from ffcv.reader import Reader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import decode, epoch_order, eval_loader, inspect, resolve, train_loader
-from data.augment import centre_view, enlarge, random_view
-from data.beton import TICK, side_file
+from data.augment import centre_view, random_view
+from data.beton import TICK, open_checked, side_file
 from data.compiled import compiled
 from data.pipeline import AHEAD
 from data.write import write
@@ -285,13 +286,34 @@ def test_flip_and_dtype(tmp_path):
     assert torch.equal(batch["image"][0], expected.to(torch.bfloat16))
 
 
-def test_enlarging_is_bilinear():
-    source = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
-    out = np.empty((41, 67, 3), np.uint8)
-    enlarge(source, 2, 3, 15, 20, out)
-    crop = torch.from_numpy(source[2:17, 3:23]).permute(2, 0, 1)[None].float()
-    expected = torch.nn.functional.interpolate(crop, (41, 67), mode="bilinear", align_corners=False)
-    assert (torch.from_numpy(out).permute(2, 0, 1) - expected[0]).abs().max() <= 0.51
+class Photos(Pictures):
+    """Large enough for a crop to need a part of them; with masks."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int):
+        rng = np.random.default_rng(index)
+        height, width = (int(side) for side in rng.integers(100, 250, 2))
+        image = cv2.resize(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8), (width, height))
+        return image, rng.integers(0, 3, (height, width), dtype=np.uint8)
+
+
+def test_parts_of_jpegs_give_the_batches_of_whole_ones(tmp_path, monkeypatch):
+    """For each kind of view: a file as it is written, and one whose JPEGs have no restart markers."""
+    for name in ("parts", "whole"):
+        write(Photos(), tmp_path / f"{name}.beton", raw_share=0, mask_classes=["a", "b", "c"], progress=False)
+        monkeypatch.setattr("data.write.pages.encode", rgb_image.encode_jpeg)
+    parts, whole = (open_checked(tmp_path / f"{name}.beton")[1]["image_bytes"] for name in ("parts", "whole"))
+    assert (parts > whole).all()
+    training = {"image_size": 32, "batch_size": 8, "seed": 3}
+    for make in (
+        lambda path: train_loader(path, **training, workers=1),
+        lambda path: train_loader(path, **training, workers=1, masks=True),
+        lambda path: eval_loader(path, image_size=32, batch_size=10, crop_pct=0.8, workers=1),
+    ):
+        parts, whole = (list(make(tmp_path / f"{name}.beton").epoch(1)) for name in ("parts", "whole"))
+        assert same(parts, whole)
 
 
 @pytest.mark.parametrize("size", [(300, 400), (31, 7), (1, 1), (2, 900)])
