@@ -7,9 +7,11 @@ by name, because torch.fx takes names into a graph and no functions.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from .. import kernels
 
 EPS = 1e-6  # floor of the normaliser; reached only by maps such as relu that can give a token no feature at all
+NARROW = (torch.bfloat16, torch.float16)  # what `wide` makes fp32
+BLOCK = 1 << 20  # bytes of fp32 features for each thread of a CPU: more leaves its cache, and the heap
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,50 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def rounds(v: Tensor) -> bool:
+    """Whether features are rounded to the dtype of the values `v` for the products, as kernels do: bf16 on a GPU.
+
+    A CPU's product of bf16 gives bf16, and without instructions for it takes many times as long as one of fp32. fp16
+    has not the range of a state over many tokens.
+    """
+    return v.is_cuda and v.dtype == torch.bfloat16
+
+
+class _Product(torch.autograd.Function):
+    """x @ y of bf16, summed in fp32 and returned so. torch has it for GPUs, without a derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return x.float() @ y.float()
+        out = torch.bmm(x.flatten(0, -3), y.flatten(0, -3), out_dtype=torch.float32)
+        return out.reshape(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        d = d.to(x.dtype)
+        return product(d, y.transpose(-2, -1)).to(x.dtype), product(x.transpose(-2, -1), d).to(y.dtype)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y in at least fp32, of factors that are both bf16 or both wider."""
+    return _Product.apply(x, y) if x.dtype == torch.bfloat16 else x @ y
+
+
 def _quotient(
     q_BHNF: Tensor, k_BHNF: Tensor, v_BHNK: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [B, H, N, K] in the dtype of v; in fp32 normaliser [B, H, N, 1], state [B, H, F, K], its sum [B, H, F]."""
+    if not torch.jit.is_scripting():
+        if rounds(v_BHNK) and not torch.is_grad_enabled():  # autograd's dq would be the difference of two rounded parts
+            return _rounded_quotient(q_BHNF, k_BHNF, v_BHNK)
     q, k, v = wide(q_BHNF), wide(k_BHNF), wide(v_BHNK)
     state_BHFK = k.transpose(-2, -1) @ v
     total_BHF = k.sum(dim=-2)
@@ -70,13 +114,81 @@ def _quotient(
     return out, norm_BHN1, state_BHFK, total_BHF
 
 
+def _rounded_quotient(f: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `_quotient`; makes no tensor of fp32 as large as v."""
+    f, g = f.to(v.dtype), g.to(v.dtype)
+    state, total = product(g.transpose(-2, -1), v), g.sum(-2, dtype=torch.float32)
+    norm = _norm(f, total)
+    out, floor = f @ state.to(v.dtype), norm.clamp_min(EPS)
+    return out.div_(floor), norm, state, total
+
+
+def _norm(f: Tensor, total: Tensor) -> Tensor:
+    """f total, [B, H, N, 1]. With f in bf16, of three numbers of bf16 whose sum is total."""
+    if f.dtype != torch.bfloat16:
+        return _products(f, total.unsqueeze(-2))
+    first = total.to(f.dtype)
+    second = (total - first).to(f.dtype)
+    third = (total - first - second).to(f.dtype)
+    return product(f, torch.stack((first, second, third), -1)).sum(-1, keepdim=True)
+
+
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of rows, [..., 1]. A matrix times one column takes a CPU as long as times 64 of them."""
     return (x * y).sum(dim=-1, keepdim=True)
 
 
+def in_blocks(
+    call: Callable, tensors: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """call(tensors, weights), on a CPU a block of heads after the other, so that no tensor of fp32 is large.
+
+    Args:
+        call: takes and returns tensors of which each head of an image has its own, [B, H, ...], and of which each head
+            has its own, [H, ...].
+        tensors, weights: the third of `tensors` is v.
+
+    Returns:
+        What `call` does, to the bit: no block is one head of one image, whose products torch takes another way, and
+        sums over tokens and images at once, as for weights [H, 1, .], are not made of blocks in fp32.
+    """
+    v = tensors[2]
+    B, H = v.shape[:2]
+    exact = v.dtype not in NARROW
+    if v.device.type != "cpu" or any(w.dim() != 3 or w.shape[0] != H or (exact and w.shape[1] == 1) for w in weights):
+        return call(tensors, weights)
+    heads, images = (H, B) if weights else (B * H, 1)  # with weights a block has all images, whose gradients are added
+    most = heads if images > 1 else heads // 2
+    n = min(most, -(-v.numel() * max(v.element_size(), 4) // (BLOCK * torch.get_num_threads())))
+    if n <= 1:
+        return call(tensors, weights)
+    dim = 1 if weights else 0
+    if not weights:
+        tensors = [x.flatten(0, 1).unsqueeze(1) for x in tensors]
+    blocks = zip(*(x.tensor_split(n, dim) for x in tensors), strict=True)
+    parts = zip(*(x.tensor_split(n) for x in weights), strict=True) if weights else [()] * n
+    results, of_weights = zip(*itertools.starmap(call, zip(blocks, parts, strict=True)), strict=True)
+    whole = [torch.cat(x, dim) for x in zip(*results, strict=True)]
+    if not weights:
+        whole = [x.reshape(B, H, *x.shape[2:]) for x in whole]
+    return whole, [torch.cat(x) for x in zip(*of_weights, strict=True)]
+
+
+def _forward(
+    features: Callable, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_quotient` of the features of q and k."""
+
+    def call(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple]:
+        q, k, v = tensors
+        return _quotient(*features(q, k, *weights), v), ()
+
+    with without_autocast(v):
+        return tuple(in_blocks(call, (q, k, v), weights)[0])
+
+
 class _Attend(torch.autograd.Function):
-    """`_quotient` of the features of q and k. Backward keeps q, k, v and the state, and makes the features again.
+    """`_forward`. Backward keeps q, k, v and the state, and makes the features again.
 
     With features f = phi(q), g = phi(k), state S = g^T v, sum z = g^T 1, normaliser d = f z, output y = f S / d, and
     the gradient dy, each token's u = dy / d gives
@@ -92,8 +204,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         features: Callable, vjp: Callable, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        with without_autocast(v):
-            return _quotient(*features(q, k, *weights), v)
+        return _forward(features, q, k, v, weights)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -104,20 +215,33 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dy: Tensor, dd: Tensor, dS: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, state_BHFK, total_BHF, *weights = ctx.saved_tensors
         with without_autocast(v):
-            (f, g), pullback = ctx.vjp(q, k, *weights)
-            total_BH1F = total_BHF.unsqueeze(-2)
-            norm = _products(f, total_BH1F)
-            floor = norm.clamp_min(EPS)
-            u = wide(dy) / floor
-            df = u @ state_BHFK.transpose(-2, -1)
-            dd = dd - _products(f, df) / floor * (norm >= EPS)
-            df = torch.addcmul(df, dd, total_BH1F)
-            dS = dS + f.transpose(-2, -1) @ u
-            dz = dz.unsqueeze(-2) + (f * dd).sum(-2, keepdim=True)
-            dg = wide(v) @ dS.transpose(-2, -1) + dz
-            dv = (g @ dS).to(v.dtype)
-            dq, dk, *d_weights = pullback((df, dg))
+            (dq, dk, dv), d_weights = in_blocks(
+                partial(_backward, ctx.vjp), (q, k, v, state_BHFK, total_BHF, dy, dd, dS, dz), weights
+            )
         return None, None, dq, dk, dv, *d_weights
+
+
+def _backward(
+    vjp: Callable, tensors: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor, Tensor], Sequence[Tensor]]:
+    """dq, dk, dv; and what the weights get. See `_Attend`."""
+    q, k, v, state_BHFK, total_BHF, dy, dd, dS, dz = tensors
+    (f, g), pullback = vjp(q, k, *weights)
+    kind = v.dtype if rounds(v) else state_BHFK.dtype  # of the factors of products
+    total_BH1F = total_BHF.unsqueeze(-2)
+    f_rounded, g_rounded = f.to(kind), g.to(kind)
+    norm = _norm(f_rounded, total_BHF)
+    floor = norm.clamp_min(EPS)
+    u = (dy / floor).to(kind)
+    df = product(u, state_BHFK.to(kind).transpose(-2, -1))
+    dd = dd - _products(f, df) / floor * (norm >= EPS)
+    df = torch.addcmul(df, dd, total_BH1F)
+    dS = (dS + product(f_rounded.transpose(-2, -1), u)).to(kind)
+    dz = dz.unsqueeze(-2) + (f * dd).sum(-2, keepdim=True)
+    dg = product(v.to(kind), dS.transpose(-2, -1)) + dz
+    dv = (g_rounded @ dS).to(v.dtype)
+    dq, dk, *d_weights = pullback((df, dg))
+    return (dq, dk, dv), d_weights
 
 
 @torch.fx.wrap
@@ -151,10 +275,12 @@ def _with_torch(
             return own(q, k, *weights, *numbers)
         return torch.func.vjp(features, q, k, *weights)
 
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        with without_autocast(v):  # a compiler chooses by itself what it keeps for backward
+            return _quotient(*features(q, k, *weights), v)[:2]
+    if torch.is_grad_enabled():
         return _Attend.apply(features, vjp, q, k, v, *weights)[:2]
-    with without_autocast(v):  # a compiler chooses by itself what it keeps for backward
-        return _quotient(*features(q, k, *weights), v)[:2]
+    return _forward(features, q, k, v, weights)[:2]
 
 
 def _quadratic(
@@ -162,7 +288,7 @@ def _quadratic(
 ) -> tuple[Tensor, Tensor]:
     """All N x N weights."""
     with without_autocast(v):
-        f, g = FEATURES[name](q, k, *weights, *numbers)
+        f, g = map(wide, FEATURES[name](q, k, *weights, *numbers))
         products = f @ g.transpose(-2, -1)
         norm = products.sum(-1, keepdim=True)
         return (products @ wide(v) / norm.clamp_min(EPS)).to(v.dtype), norm
@@ -230,9 +356,10 @@ class Operator(nn.Module):
 
     @staticmethod
     def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """phi(q), phi(k) [B, H, N, F] in at least fp32, non-negative, without autocast.
+        """phi(q), phi(k) [B, H, N, F], non-negative, without autocast; in at least fp32, or rounded once, to bf16.
 
-        What it takes after q and k are attributes of the operator: parameters, and then floats.
+        What it takes after q and k are attributes of the operator: parameters, and then floats. Heads of q and k may be
+        a block of all, with the same block of the parameters that are [H, ., .].
         """
         raise NotImplementedError
 

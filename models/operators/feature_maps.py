@@ -1,25 +1,26 @@
 """Operators that are a feature map alone: softmax(q k^T) is replaced by phi(q) phi(k)^T."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import WHOLE_POWERS
-from .core import Operator, Shape, wide
+from .core import Operator, Shape, product, rounds, wide
 
 TINY = 1e-30  # in place of zero where one divides or takes the logarithm
 
 
 def elu1(x: Tensor) -> Tensor:
     """elu(x) + 1. In bf16 the sum would keep two digits of exp(-2) and nothing of exp(-7), so it is taken in fp32."""
-    return F.elu(wide(x)) + 1
+    return F.elu(wide(x)).add_(1)
 
 
-def elu1_vjp(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`elu1` and its pullback: the derivative is exp(x) = elu1(x) up to 0, and 1 from there."""
-    a = elu1(x)
+def elu1_vjp(x: Tensor, phi: Callable[[Tensor], Tensor] = elu1) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`elu1`, computed by `phi`, and its pullback: the derivative is exp(x) = elu1(x) up to 0, and 1 from there."""
+    a = phi(x)
     return a, lambda da: (da * a.clamp(max=1)).to(x.dtype)
 
 
@@ -33,14 +34,22 @@ def alike(vjp: Callable) -> Callable:
     return both
 
 
+def rounded_elu1(x: Tensor) -> Tensor:
+    """`elu1`; where products take it in bf16, rounded once to that, and no tensor of fp32 is made."""
+    if not torch.jit.is_scripting():
+        if rounds(x):
+            return x.clamp(max=0).exp() + x.relu()  # one of them is 1 or 0
+    return elu1(x)
+
+
 class Elu1(Operator):
     """phi(x) = elu(x) + 1, from "Transformers are RNNs", arXiv 2006.16236, equation 7. F = K, always positive."""
 
     @staticmethod
     def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return elu1(q), elu1(k)
+        return rounded_elu1(q), rounded_elu1(k)
 
-    features_vjp = staticmethod(alike(elu1_vjp))
+    features_vjp = staticmethod(alike(partial(elu1_vjp, phi=rounded_elu1)))
 
 
 class ReLU(Operator):
@@ -48,7 +57,9 @@ class ReLU(Operator):
 
     @staticmethod
     def features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.relu(wide(q)), torch.relu(wide(k))
+        return torch.relu(q), torch.relu(k)  # exact in any dtype
+
+    features_vjp = staticmethod(alike(lambda x: (torch.relu(x), lambda da: da.masked_fill(x <= 0, 0).to(x.dtype))))
 
 
 def unit(x: Tensor, tiny: float = TINY) -> Tensor:
@@ -166,11 +177,19 @@ class Hedgehog(Operator):
 
     @staticmethod
     def features(q: Tensor, k: Tensor, q_map: Tensor, k_map: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = wide(q) @ wide(q_map), wide(k) @ wide(k_map)
+        q, k = turned(q, q_map), turned(k, k_map)
         return torch.cat([q.softmax(-1), (-q).softmax(-1)], -1), torch.cat([k.softmax(-1), (-k).softmax(-1)], -1)
 
     def own_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.features(q, k, self.q_map, self.k_map)
+
+
+def turned(x_BHNK: Tensor, maps_HKK: Tensor) -> Tensor:
+    """Each head's matrix times its rows, in at least fp32."""
+    if not torch.jit.is_scripting():
+        if rounds(x_BHNK):
+            return product(x_BHNK, maps_HKK.to(x_BHNK.dtype).expand(x_BHNK.shape[0], -1, -1, -1))
+    return wide(x_BHNK) @ wide(maps_HKK)
 
 
 class Exp(Operator):
