@@ -55,7 +55,7 @@ BENCHMARKS = {
     "start": Benchmark(["-m", "benchmarks.start", "--repeats", "2"], 150, threads=1),
     "loader": Benchmark(["-m", "benchmarks.loader", "--images", "512"], 180, ["-m", "benchmarks.loader", "--tiny"]),
     "saving": Benchmark(["-m", "benchmarks.saving", "--model", "vit_tiny_patch16_224", "--rounds", "1"], 130),
-    "probe": Benchmark(["-m", "benchmarks.probe", "--blocks", "0", "--no-memory"], 210),
+    "probe": Benchmark(["-m", "benchmarks.probe", "--embedded", "--blocks", "0"], 210),
     "resolution": Benchmark(
         ["-m", "benchmarks.resolution", "--sizes", "256", "512", "--seconds", "4", "--rounds", "5"], 120,
         ["-m", "benchmarks.resolution", "--model", "test_vit", "--sizes", "32", "--seconds", "0", "--rounds", "1"],

@@ -4,7 +4,8 @@ The teacher's 6 blocks x 8 modules, mean over tokens, 10,000 training images of 
 at a time with the paper's pipeline (arXiv 2603.05280): L2-normalise, StandardScaler, LogisticRegression(max_iter=5000).
 Its features are in memory before its clock starts. Our time includes reading them from the files. The two take turns,
 block by block. Ours has all cores. scikit-learn runs each module on one core and on all, and the better time counts.
-Then comes the peak memory of the program itself, features and probes, on 10,000 and 49,000 images.
+Then comes the peak memory of the program itself, features and probes, on 10,000 and 49,000 images. `--embedded` takes
+the embedded data set and its teacher, 1,000 images, and leaves the memory out; it needs no files.
 """
 
 import argparse
@@ -33,11 +34,14 @@ CPU = torch.device("cpu")
 
 
 def argv_of(args: argparse.Namespace, files: dict[str, Path], images: int) -> list[str]:
-    """The program's arguments for a probe of the teacher that is fitted on so many images."""
-    modules = ", ".join(f"blocks.*.{module}" for module in args.modules)
+    """The program's arguments for a probe of the teacher that is fitted on so many images; of no files, embedded."""
+    modules = ", ".join(f"blocks.{block}.{module}" for block in args.blocks for module in args.modules)
+    given = [
+        "--config", "cifar10", "--teacher.weights", str(args.teacher), "--data.train", str(files["train"]),
+        "--data.val", str(files["val"]),
+    ] if files else []  # fmt: skip
     return [
-        "--stage", "probe", "--config", "cifar10", "--run", str(args.out / f"images-{images}"),
-        "--teacher.weights", str(args.teacher), "--data.train", str(files["train"]), "--data.val", str(files["val"]),
+        "--stage", "probe", "--run", str(args.out / f"images-{images}"), *given, "--tracking", "[]",
         "--probe.models", "[teacher]", "--probe.modules", f"[{modules}]", "--probe.pooling", "[mean]",
         "--probe.penalties", "[1.0]", "--probe.images", str(images), "--probe.validation", "0.02",
         "--probe.keep_features", "true",
@@ -96,17 +100,19 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "runs/bench-probe", help="what is done there is not done again"
     )
     parser.add_argument("--modules", nargs="+", default=BLOCK_MODULES, choices=BLOCK_MODULES)
-    parser.add_argument("--blocks", type=int, nargs="+", default=range(6))
+    parser.add_argument("--blocks", type=int, nargs="+", help="all by default")
     parser.add_argument("--no-memory", action="store_true", help="leave out the second probe, on 49,000 images")
+    parser.add_argument("--embedded", action="store_true", help="1,000 images of the embedded data set, no other files")
     parser.add_argument("--json", action="store_true", help="print a JSON object in place of the tables")
     args = parser.parse_args()
-    for path in (args.images, args.teacher):
+    args.blocks = args.blocks or range(5 if args.embedded else 6)
+    for path in () if args.embedded else (args.images, args.teacher):
         if not path.exists():
             parser.error(f"{path}: no such file")
     args.out, args.teacher = args.out.resolve(), args.teacher.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    files = prepare(args.images.resolve(), args.out)
-    sizes = (10_000,) if args.no_memory else (10_000, 49_000)
+    files = {} if args.embedded else prepare(args.images.resolve(), args.out)
+    sizes = (1_000,) if args.embedded else (10_000,) if args.no_memory else (10_000, 49_000)
     peaks = {images: probe(argv_of(args, files, images)) for images in sizes}
 
     settings = parse(argv_of(args, files, sizes[0]))
