@@ -23,10 +23,13 @@ PROGRAMS = 512  # at least, where tokens suffice: about four for each multiproce
 
 
 def serves(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels compute what operator `name` asks, for tensors like these."""
+    """Whether the kernels compute what operator `name` asks, for tensors like these.
+
+    Not fp16, which has not the range of a state over many tokens.
+    """
     return (
         name in MAPS and q.shape[-1] <= MAX_HEAD_DIM and q.shape == k.shape == v.shape
-        and all(x.dtype in DTYPES for x in (q, k, v))
+        and all(x.dtype in DTYPES and x.dtype != torch.float16 for x in (q, k, v))
     )  # fmt: skip
 
 

@@ -276,9 +276,7 @@ def _with_torch(
         return torch.func.vjp(features, q, k, *weights)
 
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        if (
-            v.device.type == "cpu"
-        ):  # of strided ones torch 2.15's compiler makes a backward of `Focused` that spoils memory
+        if v.device.type == "cpu":  # of strided ones torch 2.15 compiles a backward of `Focused` that spoils memory
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         with without_autocast(v):  # a compiler chooses by itself what it keeps for backward
             return _quotient(*features(q, k, *weights), v)[:2]

@@ -48,6 +48,7 @@ def test_what_the_kernels_do_not_serve_torch_does():
         assert implementation_of("Elu1", q, q, q) == "triton"
         assert implementation_of("PolaFormer", q, q, q) == "torch"
         assert implementation_of("Elu1", *[q.double()] * 3) == "torch"
+        assert implementation_of("Elu1", *[q.half()] * 3) == "torch"
         wide = torch.randn(1, 1, 5, 256)
         assert implementation_of("Elu1", wide, wide, wide) == "torch"
     assert implementation_of("Elu1", q, q, q) == "torch"
