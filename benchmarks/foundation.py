@@ -35,11 +35,13 @@ LABELLED = ("caltech101", "imagewoof")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
+RECOMMENDED = "--student.operator hedgehog --student.additions [value_conv5]"
+STAGE2 = "--train.lr 2e-5 --stage2.standardise true --stage2.blocks auto:3"
 # Name, options of both stages, of stage 1, of stage 2.
 STUDENTS = [
-    ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 5e-5"),
-    ("recommended", "--student.operator hedgehog --student.additions [value_conv5]",
-     "--train.lr 3e-3 --train.lr_new 3", "--train.lr 5e-5 --stage2.standardise true"),
+    ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 2e-5"),
+    ("recommended", RECOMMENDED, "--train.lr 3e-3 --train.lr_new 3", STAGE2),
+    ("hybrid", f"{RECOMMENDED} --student.keep_softmax auto:3", "--train.lr 3e-3 --train.lr_new 3", STAGE2),
 ]  # fmt: skip
 
 
@@ -175,6 +177,7 @@ def main() -> None:
     align += ["--data.image_size", str(args.size), "--train.batch_size", str(args.batch)]
     align += ["--train.warmup_steps", str(args.warmup), "--train.log_every", "10"]
     align += ["--train.lr_new", "1", "--stage2.standardise", "false"]  # the recipe's own choices are a student's here
+    align += ["--stage2.blocks", "[]"]
     search = Search(out, args.jobs, [*common, *align], args.epochs)
     students = {name: rest for name, *rest in args.student or STUDENTS}
     first = {
