@@ -227,14 +227,9 @@ def constants(kind: str, exponent: int, K: int, dtype: torch.dtype, backward: bo
     """
     BK = max(32, 1 << (K - 1).bit_length())
     light = BK <= 64 and dtype != torch.float32
-    focused = kind == "FOCUSED"
-    if not light:
-        BN, stages = 32, 3 if backward and focused else 2
-    elif backward:
-        BN, stages = (32 if focused or kind == "HEDGEHOG" else 64), (3 if focused else 2)
-    else:
-        BN, stages = 64, (3 if focused or (kind, passes) == ("HEDGEHOG", "FIRST") else 2)
-    return {"BK": BK, "BN": BN, "num_warps": 4 if light else 8, "num_stages": stages}
+    BN = 64 if light and not backward else 32
+    deep = light and (kind != "HEDGEHOG" if backward else kind == "FOCUSED" or (kind, passes) == ("HEDGEHOG", "FIRST"))
+    return {"BK": BK, "BN": BN, "num_warps": 4 if light else 8, "num_stages": 3 if deep else 2}
 
 
 def _shares(heads: int, N: int) -> int:
