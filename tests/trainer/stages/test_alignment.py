@@ -119,8 +119,7 @@ def test_standardised_targets_are_the_runs(small: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(small: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.blocks .*the model has blocks 0 to 1"):
         job_of(small, 2, "--stage2.blocks", "[2]")
-    with pytest.raises(UserError, match=r"stage2\.blocks auto:2: the model has blocks 0 to 1"):
-        job_of(small, 2, "--stage2.blocks", "auto:2")
-    assert job_of(small, 2, "--stage2.blocks", "auto:1").stage.between == ("blocks.1.rc2",)
+    for auto in ("auto:1", "auto:3"):
+        assert job_of(small, 2, "--stage2.blocks", auto).stage.between == ("blocks.1.rc2",)
     with pytest.raises(UserError, match=r"stage2\.attention_weight 50.*train\.compile"):
         parse(["--stage", "2", "--stage2.attention_weight", "50", "--train.compile", "true"])

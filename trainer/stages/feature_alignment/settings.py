@@ -18,7 +18,7 @@ class Stage2:
     standardise: bool = False
     """Compare tokens in units of the teacher's standard deviation per channel, measured before the first step."""
     blocks: list[CountOrZero] | Auto = field(default_factory=list)
-    """Blocks whose outputs are matched as well, such as [3, 7]; auto:3 takes three at equal distances."""
+    """Blocks whose outputs are matched as well, such as [3, 7]; auto:3 takes up to three, at equal distances."""
     block_weight: Positive = 1.0
     """Weight of the mean loss of these blocks, where the final tokens have 1."""
     attention_weight: NonNegative = 0.0

@@ -76,8 +76,8 @@ class FeatureAlignment(Stage):
         options, depth = self.settings.stage2, len(self.student.blocks)
         blocks = options.blocks
         if isinstance(blocks, str):
-            count = count_of(blocks)
-            blocks = [depth * i // (count + 1) for i in range(1, count + 1)] if count < depth else [depth]
+            parts = min(count_of(blocks) + 1, depth)
+            blocks = [depth * i // parts for i in range(1, parts)]
         if any(i >= depth for i in blocks):
             raise UserError(f"stage2.blocks {options.blocks}: the model has blocks 0 to {depth - 1}")
         self.linear = linear_blocks(self.student)
