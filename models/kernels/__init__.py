@@ -28,9 +28,15 @@ def serves(name: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     Not fp16, which has not the range of a state over many tokens.
     """
     return (
-        name in MAPS and q.shape[-1] <= MAX_HEAD_DIM and q.shape == k.shape == v.shape
+        name in MAPS and q.shape[-1] <= _widest(q.device) and q.shape == k.shape == v.shape
         and all(x.dtype in DTYPES and x.dtype != torch.float16 for x in (q, k, v))
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _widest(device: torch.device) -> int:
+    """The largest head dimension; before Hopper a warp's registers do not hold backward's operands above 64."""
+    return MAX_HEAD_DIM if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0) else 64
 
 
 def attend(

@@ -58,8 +58,9 @@ def test_what_the_kernels_do_not_serve_torch_does():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("images, tokens", [(2, 300), (200, 130)], ids=["in shares", "whole heads"])
 @pytest.mark.parametrize("kind", sorted(set(kernels.MAPS.values())))
-def test_on_a_gpu(kind):
+def test_on_a_gpu(kind, images, tokens):
     name = next(name for name, of in kernels.MAPS.items() if of == kind)
     from models.operators.core import attend
 
@@ -68,7 +69,7 @@ def test_on_a_gpu(kind):
     found = {}
     for how, dtype in (("reference", torch.float64), ("triton", torch.bfloat16)):
         torch.manual_seed(0)
-        qkv = torch.randn(2, 300, 3, 3, 64, device="cuda").bfloat16().to(dtype).requires_grad_()
+        qkv = torch.randn(images, tokens, 3, 3, 64, device="cuda").bfloat16().to(dtype).requires_grad_()
         with implementation(how):
             given = [w.to(torch.float64 if how == "reference" else torch.float32) for w in weights]
             out, _ = attend(name, *qkv.permute(2, 0, 3, 1, 4).unbind(0), given, numbers)
