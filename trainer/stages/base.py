@@ -271,10 +271,13 @@ class Stage(nn.Module):
 
     @contextlib.contextmanager
     def evaluation_mode(self, engine: DeepSpeedEngine) -> Iterator[None]:
-        """Evaluation without gradients, with the moving average where one is kept; then training mode again."""
+        """Evaluation without gradients, with the moving average where one is kept; then training mode again.
+
+        Compiled blocks run as they were, so that all of their modules can be read.
+        """
         engine.eval()
         try:
-            with torch.no_grad(), self.averaged_weights(engine):
+            with torch.no_grad(), self.averaged_weights(engine), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             engine.train()

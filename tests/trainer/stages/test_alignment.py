@@ -116,6 +116,18 @@ def test_standardised_targets_are_the_runs(small: Path, tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_blocks_are_matched_and_watched_also_compiled(small: Path, tmp_path: Path) -> None:
+    options, found = ["--stage2.blocks", "auto:1", "--train.steps", "2", "--train.lr", "1e-4"], {}
+    for compiled in ("true", "false"):  # compiled in a fresh process, as in the test of stage 1
+        given = [*options, "--train.compile", compiled]
+        done = run_trainer(small, tmp_path / compiled, 2, *given, launcher=compiled == "true")
+        assert done.code == 0, done.err
+        last = done.lines("val")[-1]
+        found[compiled] = {key: last[key] for key in last if key.startswith(("error_free_running", "blocks"))}
+    assert len(found["true"]) == 3
+    assert found["true"] == pytest.approx(found["false"], rel=1e-3)
+
+
 def test_what_does_not_fit_is_refused(small: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.blocks .*the model has blocks 0 to 1"):
         job_of(small, 2, "--stage2.blocks", "[2]")

@@ -87,9 +87,8 @@ class FeatureAlignment(Stage):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """What an evaluation compares per block; none where the blocks are compiled."""
-        looks = not self.training and not self.settings.train.compile
-        return tuple(f"blocks.{i}.{POINT}" for i in self.linear) if looks else ()
+        """What an evaluation compares per block."""
+        return () if self.training else tuple(f"blocks.{i}.{POINT}" for i in self.linear)
 
     @property
     def teacher_taps(self) -> tuple[str, ...]:
