@@ -86,9 +86,19 @@ def both_passes(call: Callable[[], Tensor], leaves: Sequence[Tensor], least: flo
     return [forward, seconds(lambda: torch.autograd.grad(out, leaves, direction, retain_graph=True), least)]
 
 
-def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> str:
-    """Of every operator and peer, for shapes B, N, H, K."""
-    rate, rows = copied_per_second(least), []
+def compared(taken: dict[str, list[float]], place: str, least_bytes: list[int], rate: float) -> list[list[str]]:
+    """The lines of what `both_passes` gave by name: times, those of the first over them, the share of copying."""
+    lines, base = [], next(iter(taken.values()))
+    for name, found in taken.items():
+        cells = [f"{1e6 * s:,.0f}" for s in found] + [f"{a / b:.2f}" for a, b in zip(base, found, strict=True)]
+        cells += [f"{n / rate / s:.0%}" for n, s in zip(least_bytes, found, strict=True)]
+        lines.append([name, place, *cells])
+    return lines
+
+
+def attention_table(shapes: list[tuple[int, int, int, int]], rate: float, least: float) -> str:
+    """Of every operator and peer, for shapes B, N, H, K; a copy moves `rate` bytes per second."""
+    rows = []
     for B, N, H, K in shapes:
         qkv = torch.randn(B, N, 3, H, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
         least_bytes = [qkv.numel() // 3 * qkv.element_size() * n for n in (4, 7)]
@@ -104,19 +114,15 @@ def attention_table(shapes: list[tuple[int, int, int, int]], least: float) -> st
             with implementation(how):
                 of_qkv = partial(lambda call, qkv: call(*qkv.permute(2, 0, 3, 1, 4)), call, qkv)
                 taken[name] = both_passes(of_qkv, [qkv], least)
-        base = taken["softmax, SDPA"]
-        for name, found in taken.items():
-            cells = [f"{1e6 * s:,.0f}" for s in found] + [f"{a / b:.2f}" for a, b in zip(base, found, strict=True)]
-            cells += [f"{n / rate / s:.0%}" for n, s in zip(least_bytes, found, strict=True)]
-            rows.append([name, f"{B} x {N} x {H} x {K}", *cells])
+        rows += compared(taken, f"{B} x {N} x {H} x {K}", least_bytes, rate)
     head = ["attention", "B x N x H x K", "forward, us", "backward, us", "SDPA / it", "backward",
             "share of copying", "backward"]  # fmt: skip
-    return f"A copy moves {rate / 1e9:,.0f} GB/s.\n\n{markdown(head, rows)}"
+    return markdown(head, rows)
 
 
-def convolution_table(shapes: list[tuple[int, int, int, int]], name: str, least: float) -> str:
+def convolution_table(shapes: list[tuple[int, int, int, int]], name: str, rate: float, least: float) -> str:
     """Of an addition to the values, for shapes B, rows and columns, H, K; backward is by the weight too."""
-    rate, rows = copied_per_second(least), []
+    rows = []
     for B, side, H, K in shapes:
         add = build_additions([name], Shape(H * K, H, K, 1))[name].to(DEVICE)
         qkv = torch.randn(B, 1 + side * side, 3, H, K, device=DEVICE, dtype=DTYPE)
@@ -125,12 +131,9 @@ def convolution_table(shapes: list[tuple[int, int, int, int]], name: str, least:
         taken = {}
         for how in ("torch", "triton") if CUDA else ("torch",):
             with implementation(how):
-                taken[how] = both_passes(partial(add, v, None, (side, side)), [v, add.weight], least)
-        for how, found in taken.items():
-            cells = [f"{1e6 * s:,.0f}" for s in found]
-            cells += [f"{a / b:.2f}" for a, b in zip(taken["torch"], found, strict=True)]
-            cells += [f"{n / rate / s:.0%}" for n, s in zip(least_bytes, found, strict=True)]
-            rows.append([f"{name}, {how}", f"{B} x {side} x {side} x {H} x {K}", *cells])
+                found = both_passes(partial(add, v, None, (side, side)), [v, add.weight], least)
+                taken[f"{name}, {how}"] = found
+        rows += compared(taken, f"{B} x {side} x {side} x {H} x {K}", least_bytes, rate)
     head = ["convolution", "B x grid x H x K", "forward, us", "backward, us", "torch / it", "backward",
             "share of copying", "backward"]  # fmt: skip
     return markdown(head, rows)
@@ -193,6 +196,34 @@ def peak_memory(vit: nn.Module, size: int) -> list[float]:
     return [*found, (held + peak()) / 2**20]
 
 
+def profile(names: list[str], args: argparse.Namespace) -> str:
+    """Of models that are not compiled: time of the larger batch, and the kernels that take most of it."""
+    said = []
+    for name, size, kind in itertools.product(names, args.sizes, ("softmax", "linear")):
+        vit = built(name, size, kind, args.operator, args.additions)
+        count = vit.patch_embed.num_patches + vit.num_prefix_tokens
+        images = torch.randn(max(1, args.tokens // count), 3, size, size, device=DEVICE, dtype=DTYPE)
+
+        def forward(vit: nn.Module = vit, images: Tensor = images) -> None:
+            with torch.no_grad():
+                vit(images)
+
+        def training(vit: nn.Module = vit, images: Tensor = images) -> None:
+            vit(images).sum().backward()
+            vit.zero_grad(set_to_none=True)
+
+        for call in (forward, training):
+            took = seconds(call, args.seconds)
+            with torch.profiler.profile() as seen:
+                call()
+                wait()
+            order = f"self_{DEVICE.type}_time_total"
+            kernels = seen.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60)
+            said.append(f"{name}, {kind}, {len(images)} images of {size} pixels, {call.__name__}: {1e3 * took:.1f} ms")
+            said.append(kernels)
+    return "\n".join(said)
+
+
 def models_table(names: list[str], args: argparse.Namespace) -> str:
     """Forward of softmax and linear, in turns, and the memory of both."""
     rows, memory = [], []
@@ -241,6 +272,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.15, help="of a figure")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
     parser.add_argument("--convolution", action="store_true", help="only the table of the convolution")
+    parser.add_argument("--profile", action="store_true", help="only where the time of --models goes, uncompiled")
     parser.add_argument("--build", action="store_true", help="only fill the compilers' caches")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-gpu.md")
     args = parser.parse_args()
@@ -251,9 +283,14 @@ def main() -> None:
     grids = [(1, 4, 2, 8)] if args.tiny else [(127, 16, 16, 64), (8, 64, 16, 64), (1, 16, 16, 64)]
     where = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU thread(s), no GPU"
     said = [f"{where}, torch {torch.__version__}, bf16"]
+    if args.profile:
+        print(profile(args.models, args))
+        return
     if not args.build:
-        said += [] if args.convolution else [attention_table(shapes, args.seconds)]
-        said.append(convolution_table(grids, "value_conv5", args.seconds))
+        rate = copied_per_second(args.seconds)
+        said.append(f"A copy moves {rate / 1e9:,.0f} GB/s.")
+        said += [] if args.convolution else [attention_table(shapes, rate, args.seconds)]
+        said.append(convolution_table(grids, "value_conv5", rate, args.seconds))
         print("\n\n".join(said), flush=True)
     if args.convolution:
         return

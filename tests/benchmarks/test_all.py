@@ -66,6 +66,14 @@ def test_limits_fit_in_twenty_minutes() -> None:
     assert sum(benchmark.limit for benchmark in BENCHMARKS.values()) <= 20 * 60
 
 
+def test_bench_gpu_profiles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--profile"])
+    gpu.main()
+    said = capsys.readouterr().out
+    for words in ("softmax, 6 images of 32 pixels, forward: ", "linear, 6 images of 32 pixels, training: ", "aten::"):
+        assert words in said
+
+
 def test_bench_gpu_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--out", str(tmp_path / "runs/bench-gpu.md")])
     gpu.main()
