@@ -2,11 +2,12 @@
 
 The ranks have ended with STATUS. This notes the end, or puts the job back into the queue. It requeues a job that a
 signal stopped, since the trainer has saved on all ranks, and a job that lost a node. A crash or a mistake ends the job,
-and Slurm then cancels the jobs after it. What Slurm ends by itself (`scancel`, the end of a grace period), Slurm alone
-requeues or does not.
+and Slurm then cancels the jobs after it. What Slurm ends by itself (`scancel`, the end of a grace period, a lost node
+that it saw first), Slurm alone requeues or does not.
 """
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -40,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(wait)
         if job := slurm.show(here.raw_job_id):
             break
+    if int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):  # Slurm has requeued it already
+        lost = lost_nodes(slurm.nodes(os.environ["SLURM_JOB_NODELIST"]))
+        records.note(here.job_id, "requeued", status=given.status, why=_lost(lost) if lost else "by Slurm")
+        return STOPPED
     timeouts = sum(event.get("why") == TIMED_OUT for event in records.journal(here.job_id))
     again, why = decide(given.status, job, timeouts, given.max_timeouts, given.signal_delay)
     if again:
@@ -83,8 +88,12 @@ def decide(
         return False, f"timed out {timeouts + 1} times; give it more --time or --max_timeouts, and submit it again"
     lost = lost_nodes(slurm.nodes(job.get("NodeList", "")))
     if lost:
-        return True, f"lost {', '.join(lost)}"
+        return True, _lost(lost)
     return False, None  # the log says why
+
+
+def _lost(nodes: list[str]) -> str:
+    return f"lost {', '.join(nodes)}"
 
 
 def lost_nodes(nodes: dict[str, tuple[str, int]]) -> list[str]:

@@ -107,13 +107,23 @@ class Run:
     def ended(self, *stages: str) -> bool:
         return all(self.events(stage, "ended") for stage in stages)
 
-    def signalled(self, stage: str, cause: Callable[[], object]) -> None:
-        """Does what makes Slurm signal a running stage. The rank stands still until then, on a fast machine too; with
-        the signal Slurm lets it go on.
+    def stand_still(self, stage: str, condition: Callable[[], bool]) -> None:
+        """Stops the ranks in the middle of a stage, as soon as the condition holds.
+
+        A fast machine is at the stage's end within a second of the first step: nothing slow may come in between.
         """
-        self.wait(lambda: self.steps(stage) >= 3)
-        (rank,) = ranks(self.job(stage))
-        rank.suspend()
+        self.wait(lambda: bool(self.events(stage, "started")))
+        found = ranks(self.job(stage))
+        while not condition():
+            assert all(map(psutil.Process.is_running, found)), self.status()
+            time.sleep(0.01)
+        for rank in found:
+            rank.suspend()
+        assert found and not self.events(stage, "ended")
+
+    def signalled(self, stage: str, cause: Callable[[], object]) -> None:
+        """Does what makes Slurm signal a running stage. With the signal Slurm lets the rank go on."""
+        self.stand_still(stage, lambda: self.steps(stage) >= 3)
         cause()
         self.wait(lambda: bool(self.events(stage, "requeued")), 200)
 
@@ -201,7 +211,7 @@ def test_a_job_goes_on_without_the_node_it_lost(undisturbed: Run, cluster: Slurm
     run = Run(cluster, tmp_path / "node_lost")
     one_stage = ("trainer/run.py", "--stage", "1")
     run.submit(recipe, "--nodes", "1-2", "--train.save_every", "4", program=one_stage)
-    run.wait(lambda: (run.path / "stage1/checkpoints/latest").exists())
+    run.stand_still("1", (run.path / "stage1/checkpoints/latest").exists)
     assert [event["nodes"] for event in run.events("1", "started")] == [["node1", "node2"]]
     cluster.kill_node("node2")
     try:
@@ -209,6 +219,7 @@ def test_a_job_goes_on_without_the_node_it_lost(undisturbed: Run, cluster: Slurm
     finally:
         cluster.start_node("node2")
     assert [event["nodes"] for event in run.events("1", "started")] == [["node1", "node2"], ["node1"]]
+    assert [event["why"] for event in run.events("1", "requeued")] == ["lost node2"]  # whoever saw it first
     assert re.search(r"from step [1-9]", run.records.log(run.job("1")).read_text())
     undisturbed.wait(lambda: undisturbed.ended("1"))
     ours, theirs = weights(run.path, "1"), weights(undisturbed.path, "1")
