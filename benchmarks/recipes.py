@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -86,9 +86,9 @@ def slug(name: str) -> str:
 class Runs:
     """The runs of one budget in a folder, `seed0/NAME/stage1` and so on."""
 
-    def __init__(self, out: Path, budget: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
-        """`budget`: options of stages 1 and 2."""
-        self.out, self.budget = out, budget
+    def __init__(self, out: Path, budget: tuple[tuple[str, ...], tuple[str, ...]], read_only: bool) -> None:
+        """`budget`: options of stages 1 and 2; `read_only`: what is not done counts as failed."""
+        self.out, self.budget, self.read_only = out, budget, read_only
 
     def stage(self, seed: int, name: str, stage: int, given: tuple[str, ...]) -> dict | None:
         """The last validation line of a stage, done now or before; None where it failed."""
@@ -99,6 +99,8 @@ class Runs:
         if result.is_file() and kept.is_file() and json.loads(kept.read_text()) == asked:
             lines = map(json.loads, (folder / f"stage{stage}/metrics.jsonl").read_text().splitlines())
             return [line for line in lines if line["split"] == "val"][-1]
+        if self.read_only:
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(asked))
         try:
@@ -115,6 +117,11 @@ class Runs:
 def main() -> None:
     """Run what is asked for and not done yet, then print the table."""
     table = recipes()
+    # Recipes with one stage 1 share it: the first by name has it.
+    first: dict[tuple, str] = {}
+    for name, row in table.items():
+        first.setdefault((row.student, row.stage1), name)
+    owner = {name: first[row.student, row.stage1] for name, row in table.items()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="some rows; what is no row's name stands for all that begin so"
@@ -123,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, metavar=("S1", "S2"), help="another budget than the recipe's")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-recipes")
+    parser.add_argument("--done", action="store_true", help="run nothing; print the rows and seeds that are done")
     parser.add_argument("--names", action="store_true", help="print the names of all rows, and end")
     args = parser.parse_args()
     if args.names:
@@ -138,42 +146,37 @@ def main() -> None:
         table = {name: row for name, row in table.items() if name in names}
     steps = args.steps
     budget = tuple(("--train.steps", str(n)) for n in steps) if steps else ((), ())
-    runs = Runs((args.out / ("-".join(map(str, steps)) if steps else "recipe")).resolve(), budget)
-    # Recipes with one stage 1 share it: the first by name has it.
-    first: dict[tuple, str] = {}
-    for name, row in table.items():
-        first.setdefault((row.student, row.stage1), name)
+    runs = Runs((args.out / ("-".join(map(str, steps)) if steps else "recipe")).resolve(), budget, args.done)
 
-    def one(job: tuple[int, str]) -> dict | None:
-        seed, name = job
-        return runs.stage(seed, name, 1, table[name].student + table[name].stage1)
+    def one(seed: int, name: str, row: Recipe) -> dict | None:
+        return runs.stage(seed, owner[name], 1, row.student + row.stage1)
 
-    def two(job: tuple[int, str]) -> dict | None:
-        seed, name = job
-        row = table[name]
-        owner = first[row.student, row.stage1]
-        if after_1[seed, owner] is None:
+    def two(seed: int, name: str, row: Recipe) -> dict | None:
+        if stage_1[seed, owner[name]].result() is None:
             return None
-        parent = ("--student.parent", runs.export(seed, owner, 1))
+        parent = ("--student.parent", runs.export(seed, owner[name], 1))
         return runs.stage(seed, name, 2, row.student + row.stage2 + parent)
 
+    stage_1: dict[tuple[int, str], Future] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [(seed, name) for name in first.values() for seed in args.seeds]
-        after_1 = dict(zip(jobs, pool.map(one, jobs), strict=True))
-        jobs = [(seed, name) for name in table for seed in args.seeds]
-        after_2 = dict(zip(jobs, pool.map(two, jobs), strict=True))
+        jobs = [(seed, name, row) for name, row in table.items() for seed in args.seeds]
+        for seed, name, row in jobs:
+            if (seed, owner[name]) not in stage_1:
+                stage_1[seed, owner[name]] = pool.submit(one, seed, name, row)
+        after_2 = {(seed, name): pool.submit(two, seed, name, row) for seed, name, row in jobs}
+    after_1, after_2 = ({job: done.result() for job, done in made.items()} for made in (stage_1, after_2))
     teacher = next((line["teacher_top1"] for line in after_2.values() if line), None)
     rows = [["softmax teacher", "", "", "", "" if teacher is None else f"{teacher:.2f}", "", "100.0 %", "1.000"]]
     for name, row in table.items():
-        owner = first[row.student, row.stage1]
-        lines = [(after_1[seed, owner], after_2[seed, name]) for seed in args.seeds]
-        if any(None in pair for pair in lines):
-            rows.append([name, row.kind, *["failed"] * 6])
+        lines = [(after_1[seed, owner[name]], after_2[seed, name]) for seed in args.seeds]
+        lines = [pair for pair in lines if None not in pair]
+        if not lines:
+            rows += [] if args.done else [[name, row.kind, *["failed"] * 6]]
             continue
         top, cosine = ([mean(pair[i][key] for pair in lines) for i in (0, 1)] for key in ("top1", "feature_cosine"))
         each = ", ".join(f"{pair[1]['top1']:.2f}" for pair in lines)
         rows.append([name, row.kind, f"{top[0]:.2f}", f"{cosine[0]:.3f}", f"{top[1]:.2f}", each,
-                     f"{top[1] / teacher:.1%}", f"{cosine[1]:.3f}"])  # fmt: skip
+                     f"{top[1] / teacher:.1%}", f"{cosine[1]:.4f}"])  # fmt: skip
     head = ["student", "kind", "top-1 after stage 1", "feature cosine", "after stages 1 + 2", "a seed"]
     head += ["of the teacher", "feature cosine"]
     print(markdown(head, rows))
