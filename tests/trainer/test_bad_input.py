@@ -68,6 +68,7 @@ def bad(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer": {"zero_optimization": zero, "optimizer": {"type": "Adam"}},
         "top_key": {"zero_optimization": zero, "gradient_cliping": 1.0},
         "fp32_sums": {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}},
+        "hpz": {"zero_optimization": zero | {"zero_hpz_partition_size": 2}},
         "zero_key": {"zero_optimization": {"stage": 1, "overlap_com": True}},
         "zero_value": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
         "zero_type": {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
@@ -218,6 +219,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "zero_3_compile": (
         ("--train.compile", "true", "--deepspeed", "ds_configs/zero3.json"), ("train.compile", "ZeRO 3", "zero2.json"),
     ),
+    "zero_hpz": (("--deepspeed", "{bad}/hpz.json"), ("zero_hpz_partition_size 2", "needs stage 3")),
     "zero_key": (("--deepspeed", "{bad}/zero_key.json"), ("zero_key.json", "zero_optimization.overlap_com")),
     "zero_value": (("--deepspeed", "{bad}/zero_value.json"), ("zero_optimization.offload_optimizer.device", "'cpu'")),
     "zero_type": (("--deepspeed", "{bad}/zero_type.json"), ("zero_optimization.offload_optimizer",)),

@@ -104,6 +104,7 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
             first = error.errors()[0]
             where, why = ".".join(map(str, (section, *first["loc"]))), first["msg"].lower()
             raise UserError(f"--deepspeed {path}: {where}: DeepSpeed refuses it ({why}); mend or remove it") from error
+    _check_partitions(path, DeepSpeedZeroConfig(**config["zero_optimization"]), size)
     if sums_in_fp32(config["zero_optimization"]["stage"], accumulate, settings.train.bf16, offloads(config)):
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     if size == 1:  # there is nothing to overlap, and DeepSpeed would wait for the device after each backward
@@ -112,6 +113,15 @@ def deepspeed_config(settings: Settings, size: int) -> dict[str, Any]:
     # for the device twice per micro-batch.
     timers = {"timers": {"throughput": {"enabled": False}}}
     return {**timers, **config, "zero_allow_untested_optimizer": True, "steps_per_print": None}
+
+
+def _check_partitions(path: Path, zero: DeepSpeedZeroConfig, size: int) -> None:
+    """Raises UserError where second partitions (hpZ of ZeRO++, arXiv 2306.10209) do not fit stage or ranks."""
+    within = zero.zero_hpz_partition_size
+    if within > 1 and (zero.stage < 3 or size % min(within, size)):
+        needs = "stage 3" if zero.stage < 3 else f"a divisor of the {size} ranks"
+        what = f"zero_optimization.zero_hpz_partition_size {within}"
+        raise UserError(f"--deepspeed {path}: {what}: needs {needs}; give the GPUs per node, or remove it")
 
 
 def sums_in_fp32(zero: int, accumulate: int, bf16: bool, offload: bool) -> bool:

@@ -139,13 +139,16 @@ def memory_bytes(
     """Bytes per rank at most, as DeepSpeed takes them.
 
     Beside the states there is a buffer in which gradients are reduced (two where ZeRO 1 or 2 overlaps that with
-    backward), and ZeRO 3's gathered weights. A micro-batch takes most when its backward begins: there are no gradients
-    yet then, but those of earlier micro-batches, and ZeRO 3's, which stay. The update takes this rank's in fp32.
+    backward), ZeRO 3's gathered weights, and its second partitions, if any. A micro-batch takes most when its backward
+    begins: there are no gradients yet then, but those of earlier micro-batches, and ZeRO 3's, which stay. The update
+    takes this rank's in fp32.
     """
     width = 2 if bf16 else 4
     buffers = width * zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
     if zero.stage == 3:
         buffers += width * min(zero.max_live_parameters, trained + frozen)
+        if zero.zero_hpz_partition_size > 1:
+            buffers += width * (trained + frozen) / min(zero.zero_hpz_partition_size, ranks)
     gradients = gradient_bytes(trained, zero.stage, ranks, width)
     rest = model_state_bytes(trained, frozen, teacher, zero.stage, ranks, bf16, offload) - gradients
     if sums_in_fp32(zero.stage, accumulate, bf16, offload):

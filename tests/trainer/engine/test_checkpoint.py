@@ -1,5 +1,6 @@
 """Checkpoints on real ranks: any world size and ZeRO stage, what is kept, what is passed over."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -176,3 +177,26 @@ def test_offload_resumes_without_and_back(small: Path, tmp_path: Path) -> None:
     go(small, tmp_path / "run", 2, options=offload)
     for mine, theirs in zip(curve(folder), curve(undisturbed), strict=True):
         assert mine == {k: pytest.approx(v, **SAME) if isinstance(v, float) else v for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_second_partitions_within_a_node_change_no_bit(small: Path, tmp_path: Path, stage: int) -> None:
+    """ZeRO++'s hpZ, on four ranks as if two of them were a node; through a resume, which must renew them too."""
+    config = json.loads((ROOT / "ds_configs/zero3_nodes.json").read_text())
+    for name, within in (("hpz", 2), ("plain", 1)):
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": within}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+
+    def run(folder: str, name: str) -> Path:
+        given = ["--deepspeed", str(tmp_path / f"{name}.json"), *EVERY_STEP]
+        given += ["--train.batch_size", "16", "--train.micro_batch_size", "2"]
+        return go(small, tmp_path / folder, stage, 3, 4, given).folder
+
+    plain, hpz = run("plain", "plain"), run("hpz", "hpz")
+    whole = load_file(plain / "export/model.safetensors")
+    for _ in range(2):
+        assert curve(hpz) == curve(plain)
+        mine = load_file(hpz / "export/model.safetensors")
+        assert all(torch.equal(mine[name], value) for name, value in whole.items())
+        forget_after(hpz, 2)
+        run("hpz", "hpz")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from trainer.config import parse
+from trainer.config import UserError, parse
 from trainer.engine.engine import deepspeed_config
 
 
@@ -44,3 +44,12 @@ def test_sending_overlaps_where_there_is_someone_to_send_to(name: str) -> None:
     settings = parse(["--stage", "2", "--deepspeed", str(ROOT / f"ds_configs/{name}.json")])
     overlaps = [deepspeed_config(settings, ranks)["zero_optimization"]["overlap_comm"] for ranks in (1, 2)]
     assert overlaps == [False, True]
+
+
+def test_second_partitions_must_divide_the_ranks() -> None:
+    settings = parse(["--stage", "2", "--deepspeed", str(ROOT / "ds_configs/zero3_nodes.json")])
+    for ranks in (1, 4, 8, 16):  # on one node it is that node's ranks
+        assert deepspeed_config(settings, ranks)["zero_optimization"]["zero_hpz_partition_size"] == 8
+    settings.train.batch_size = 48
+    with pytest.raises(UserError, match="zero_hpz_partition_size 8: needs a divisor of the 12 ranks"):
+        deepspeed_config(settings, 12)

@@ -75,8 +75,8 @@ def test_model_states_shrink_with_zero_stage_and_ranks() -> None:
 def test_memory_counts_what_is_there_at_a_time() -> None:
     """1 B parameters on 10 ranks, a micro-batch of 5 GB, buffers of 1 GB: gradients come as activations go."""
 
-    def at_most(zero: int, activations: float, accumulate: int) -> float:
-        config = DeepSpeedZeroConfig(stage=zero, max_live_parameters=1)
+    def at_most(zero: int, activations: float, accumulate: int, within: int = 1) -> float:
+        config = DeepSpeedZeroConfig(stage=zero, max_live_parameters=1, zero_hpz_partition_size=within)
         return memory_bytes(10**9, 0, 0, config, 10, True, False, activations, accumulate) / 1e9
 
     assert at_most(1, 5e9, 1) == pytest.approx(2 + 1.2 + 1 + 5)
@@ -84,6 +84,7 @@ def test_memory_counts_what_is_there_at_a_time() -> None:
     assert at_most(1, 1e9, 1) == pytest.approx(2 + 1.2 + 1 + 2 + 0.4)  # the update, which takes a share in fp32
     assert at_most(2, 5e9, 2) == pytest.approx(2 + 1.2 + 1 + 0.4 + 5)  # in fp32
     assert at_most(3, 5e9, 1) == pytest.approx(0.2 + 1.2 + 1 + 0.2 + 5)
+    assert at_most(3, 5e9, 1, within=5) == pytest.approx(0.2 + 1.2 + 1 + 0.2 + 5 + 0.4)  # bf16 once more per node of 5
 
 
 if __name__ == "__main__":
