@@ -18,6 +18,7 @@ from benchmarks.common import ROOT, markdown, run_stage
 from models import ADDITIONS, OPERATORS
 
 STRONG = {"operator": "focused"}  # a sharper operator, to which additions, hybrids and losses are tried as well
+SHARPER = {**STRONG, "operator_kwargs": {"power": 8}}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def recipes() -> dict[str, Recipe]:
     for power in (2, 3, 4, 8):
         given = options("student", **STRONG, operator_kwargs={"power": power})
         found[f"focused, power {power}"] = Recipe("operator", given)
-    for base in ({**STRONG, "operator_kwargs": {"power": 8}}, {"operator": "hedgehog"}):
-        name = "hedgehog" if base["operator"] == "hedgehog" else "focused, power 8"
+    for name, base in {"focused, power 8": SHARPER, "hedgehog": {"operator": "hedgehog"}}.items():
         found[f"{name} + value_conv5"] = Recipe("addition", options("student", **base, additions=["value_conv5"]))
     for base in ({}, STRONG):
         name = base.get("operator", "elu1")
@@ -63,6 +63,10 @@ def recipes() -> dict[str, Recipe]:
         for factor in (0.3, 3):
             rate = options("train", lr_attention=factor)
             found[f"{name}, attention at {factor} x lr"] = Recipe("rate", student, stage2=rate)
+    halves = options("train", batch_size=32)  # the same images in twice the steps
+    slower = options("train", lr=5e-4) + options("stage2", blocks=[0, 1, 2, 3])
+    for name in ("elu1", "focused, power 8", "focused, power 8 + value_conv5"):
+        found[f"{name}, batches of 32, all blocks"] = Recipe("rate", found[name].student, halves, halves + slower)
     for factor in (3, 10):
         rate = options("train", lr_new=factor)
         found[f"hedgehog, new at {factor} x lr"] = Recipe("rate", options("student", operator="hedgehog"), rate, rate)
