@@ -226,13 +226,15 @@ def test_the_status_is_the_trainers() -> None:
     assert STOPPED == signals.STOPPED
 
 
-def test_a_lost_node_is_one_that_does_not_answer_where_others_do() -> None:
+def test_a_lost_node_is_one_that_does_not_answer_where_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         up, down = listening.getsockname(), closed.getsockname()
         assert lost_nodes({"a": up, "b": down}) == ["b"]
         assert lost_nodes({"a": up, "b": up}) == []
         assert lost_nodes({"a": down, "b": down}) == []  # it is the asking that fails
+        monkeypatch.setattr(slurm, "nodes", lambda names: {"a": up, "b": down})
+        assert decide(1, RUNNING, 0, max_timeouts=2, signal_delay=60) == (True, "lost b")  # seen before Slurm does
 
 
 def test_a_requeued_job_waits_for_what_is_left_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
