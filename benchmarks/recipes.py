@@ -79,7 +79,6 @@ LOSSES = {
     "standardised cosine + smooth L1": {"standardise": True, "loss": "cosine_smooth_l1"},
     "blocks 1 and 3 too": {"blocks": [1, 3]},
     "attention kept on, 50": {"attention_weight": 50},
-    "refit on 1,024 images": {"refit": 1024},
 }
 
 

@@ -25,7 +25,6 @@ from .linearize import (
     rotary_embeddings,
 )
 from .operators import ADDITIONS, OPERATORS, linear_attention
-from .refit import refit
 from .segmenter import Segmenter, backbone_of
 from .sources import folder_of, is_name, open_model
 from .taps import BLOCK_MODULES, attention_entropy, tap_names, taps
@@ -68,7 +67,6 @@ __all__ = [
     "push_to_hub",
     "read_config",
     "read_weights",
-    "refit",
     "rotary_embeddings",
     "save",
     "take_any_size",

@@ -20,8 +20,7 @@ BLOCK_MODULES = ("ln1", "mha", "rc1", "ln2", "fc1", "act", "fc2", "rc2")  # in t
 
 # name in a block -> (sub-module, which side of it). "attn_in" is what attention reads, "heads" what it gives before its
 # projection. "act" is what the activation gives, read where its dropout takes it in: of a gated feed-forward network
-# (GluMlp, SwiGLU) that is the gated product act(gate) * value, and "fc1" holds both, gate first. "fc2_in" is that too;
-# where the network has a norm of its own, what this gives.
+# (GluMlp, SwiGLU) that is the gated product act(gate) * value, and "fc1" holds both, gate first.
 POINTS: dict[str, tuple[str, str]] = {
     "ln1": ("norm1", "out"),
     "attn_in": ("attn", "in"),
@@ -31,7 +30,6 @@ POINTS: dict[str, tuple[str, str]] = {
     "ln2": ("norm2", "out"),
     "fc1": ("mlp.fc1", "out"),
     "act": ("mlp.drop1", "in"),
-    "fc2_in": ("mlp.fc2", "in"),
     "fc2": ("mlp.fc2", "out"),
     "rc2": ("", "out"),
 }

@@ -99,8 +99,6 @@ def train_stage(
         resume_lineage(settings, job, found[1])
     order = reading_order(settings, job, found[1].get("reading") if found else None)
     train_data, val_data = loaders(settings, job, me, order)
-    if not found and (done := job.stage.warm_start(train_data, me.device)):
-        job.notes.append(done)
     on_gpu = me.device.type == "cuda"
     optimizer = build_optimizer(
         job.stage.parameter_groups(), settings.train, job.stage.ema_decay, fused=on_gpu, cpu_offload=offloads(config)

@@ -50,7 +50,7 @@ def by_hand(vit, images, linear, norm_after):
             x = p["rc1"] = x + block.ls1.gamma * p["mha"]
             p["ln2"] = block.norm2(x)
             p["fc1"] = block.mlp.fc1(p["ln2"])
-        p["act"] = p["fc2_in"] = F.gelu(p["fc1"])
+        p["act"] = F.gelu(p["fc1"])
         p["fc2"] = block.mlp.fc2(p["act"])
         if norm_after:
             p["ln2"] = block.norm2(p["fc2"])
@@ -131,8 +131,7 @@ def by_hand_eva(vit, images, norm_after):
             p["fc1"] = mlp.fc1(into) if isinstance(mlp, GluMlp) else torch.cat([mlp.fc1_g(into), mlp.fc1_x(into)], -1)
             gate, value = p["fc1"].chunk(2, -1)
             p["act"] = gate * gate.sigmoid() * value
-        p["fc2_in"] = mlp.norm(p["act"])
-        p["fc2"] = mlp.fc2(p["fc2_in"])
+        p["fc2"] = mlp.fc2(mlp.norm(p["act"]))
         p["ln2"] = block.norm2(p["fc2"]) if norm_after else into
         x = p["rc2"] = x + (p["ln2"] if norm_after else p["fc2"] * (1 if block.gamma_2 is None else block.gamma_2))
         points |= {f"blocks.{i}.{point}": tensor for point, tensor in p.items()}

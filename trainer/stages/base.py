@@ -195,9 +195,6 @@ class Stage(nn.Module):
         """Decay of the weights' moving average, which is then evaluated and exported; None: there is none."""
         return None
 
-    def warm_start(self, loader: data.Loader, device: torch.device) -> str | None:
-        """Change the student by means of images, before it is spread over the ranks; what was done; a collective."""
-
     def begin(self, engine: DeepSpeedEngine, loader: data.Loader, folder: Path, step: int) -> None:
         """What needs images before the first step; `folder` keeps it for when the run goes on at `step`; a collective.
 

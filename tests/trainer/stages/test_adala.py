@@ -7,7 +7,7 @@ from trainer.config import RECIPES, parse, read_yaml
 PAPER = {
     "student": {"operator": "elu1", "operator_kwargs": {}, "additions": [], "keep_softmax": []},
     "stage1": {"match": "output"},
-    "stage2": {"loss": "mse", "prefix_weight": 1, "standardise": False, "blocks": [], "refit": 0, "attention_weight": 0},
+    "stage2": {"loss": "mse", "prefix_weight": 1, "standardise": False, "blocks": [], "attention_weight": 0},
 }
 TRAIN = {"1": (1, 5e-3), "2": (1.5, 1e-3), "3": (1, 5e-4)}  # epochs, learning rate
 

@@ -21,8 +21,6 @@ class Stage2:
     """Blocks whose outputs are matched as well, such as [3, 7]; auto:3 takes up to three, at equal distances."""
     block_weight: Positive = 1.0
     """Weight of the mean loss of these blocks, where the final tokens have 1."""
-    refit: CountOrZero = 0
-    """Training images on which linear layers are solved for, in closed form, before the first step; 0 leaves them."""
     attention_weight: NonNegative = 0.0
     """Weight of stage 1's loss, the alignment of each block's attention, which is kept on; 0 is off."""
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from data import Loader, balanced, lots
 from data.beton import open_checked
-from models import linear_blocks, refit
+from models import linear_blocks
 from trainer.config import UserError
 from trainer.engine.engine import DeepSpeedEngine
 from trainer.fields import count_of
@@ -100,19 +100,6 @@ class FeatureAlignment(Stage):
     def student_taps(self) -> tuple[str, ...]:
         """What is compared with them."""
         return (*self.between, *self.watched)
-
-    def warm_start(self, loader: Loader, device: torch.device) -> str | None:
-        """With `stage2.refit`: `models.refit` on the first images of the run, as it sees them."""
-        wanted = self.settings.stage2.refit
-        if wanted == 0:
-            return None
-        batches = -(-wanted // (loader.micro_batch_size * dist.get_world_size()))
-        images = [batch["image"].cpu() for batch in itertools.islice(loader.epoch(0, 0), batches)]
-        loader.close()
-        weight = self.settings.stage2.prefix_weight
-        solved = refit(self.student, self.teacher, images, device, weight, dist.all_reduce)
-        seen = sum(map(len, images)) * dist.get_world_size()
-        return f"stage2.refit {wanted}: {solved} linear layers were solved for on {seen} images"
 
     def begin(self, engine: DeepSpeedEngine, loader: Loader, folder: Path, step: int) -> None:
         """With `stage2.standardise`: mean and deviation of the targets' channels, over the first batches.
