@@ -162,13 +162,14 @@ def main() -> None:
         return runs.stage(seed, name, 2, row.student + row.stage2 + parent)
 
     stage_1: dict[tuple[int, str], Future] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [(seed, name, row) for name, row in table.items() for seed in args.seeds]
-        for seed, name, row in jobs:
-            if (seed, owner[name]) not in stage_1:
-                stage_1[seed, owner[name]] = pool.submit(one, seed, name, row)
-        after_2 = {(seed, name): pool.submit(two, seed, name, row) for seed, name, row in jobs}
-    after_1, after_2 = ({job: done.result() for job, done in made.items()} for made in (stage_1, after_2))
+    stage_2: dict[tuple[int, str], Future] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:  # in turn, so that rows are done one after the other
+        for name, row in table.items():
+            for seed in args.seeds:
+                if (seed, owner[name]) not in stage_1:
+                    stage_1[seed, owner[name]] = pool.submit(one, seed, name, row)
+                stage_2[seed, name] = pool.submit(two, seed, name, row)
+    after_1, after_2 = ({job: done.result() for job, done in made.items()} for made in (stage_1, stage_2))
     teacher = next((line["teacher_top1"] for line in after_2.values() if line), None)
     rows = [["softmax teacher", "", "", "", "" if teacher is None else f"{teacher:.2f}", "", "100.0 %", "1.000"]]
     for name, row in table.items():
