@@ -163,7 +163,8 @@ def main() -> None:
 
     stage_1: dict[tuple[int, str], Future] = {}
     stage_2: dict[tuple[int, str], Future] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:  # in turn, so that rows are done one after the other
+    # Row by row, so that what is interrupted leaves whole rows. A stage 2 is asked for after its stage 1, never before.
+    with ThreadPoolExecutor(args.jobs) as pool:
         for name, row in table.items():
             for seed in args.seeds:
                 if (seed, owner[name]) not in stage_1:
