@@ -117,7 +117,7 @@ class LinearAttention(nn.Module):
             v = addition(v, x, grid)
         out = self.operator(q, k, v, x, grid)
         for addition in self.on_output.values():
-            out = addition(out, v, x, grid)
+            out = addition(out, q, k, v, x, grid)
         out = self.norm(out.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

@@ -13,6 +13,7 @@ from .feature_maps import Elu1, Exp, Focused, FocusedLearned, Hedgehog, ReLU
 from .grid import PatchGrid
 from .magnitude import MALA, InLine
 from .mhla import MHLA
+from .neighborhood import Neighborhood
 from .polaformer import PolaFormer
 from .rala import RALA
 
@@ -33,6 +34,8 @@ OPERATORS: dict[str, type[Operator]] = {
 ADDITIONS: dict[str, Any] = {
     "value_conv3": partial(ValueConvolution, size=3),
     "value_conv5": partial(ValueConvolution, size=5),
+    "neighborhood3": partial(Neighborhood, size=3),
+    "neighborhood5": partial(Neighborhood, size=5),
     "local_conv3": partial(LocalConvolution, size=3),
     "local_conv5": partial(LocalConvolution, size=5),
     "local_dynamic": LocalDynamic,

@@ -3,6 +3,9 @@
 `OPERATORS[name](op, q, k, v, x, grid)` gives what the operator `op` should; the parameters are read from `op`.
 """
 
+import itertools
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -131,6 +134,22 @@ def local_dynamic(add, attend, q, k, v, x, grid):
     return attend(q, k, v) + convolved(v, dynamic(add, v, x), grid)
 
 
+def neighborhood(add, attend, q, k, v, x, grid):
+    """One softmax over N + 1 keys, the last of which is all tokens; of patches all but near keys are masked."""
+    N, K, (rows, columns) = q.shape[2], q.shape[3], grid
+    prefix = N - rows * columns
+    far = math.log(N) + (q * k.mean(2, keepdim=True)).sum(-1) / math.sqrt(K)
+    far = far + (x @ add.far.weight.T + add.far.bias).transpose(1, 2)
+    logits = torch.cat([q @ k.transpose(2, 3) / math.sqrt(K), far[..., None]], -1)
+    seen = torch.ones(N, N + 1, dtype=torch.bool)
+    seen[:prefix, N] = False
+    for i, j in itertools.product(range(rows * columns), repeat=2):
+        rows_apart, columns_apart = abs(i // columns - j // columns), abs(i % columns - j % columns)
+        seen[prefix + i, prefix + j] = max(rows_apart, columns_apart) <= add.size // 2
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+    return weights[..., :N] @ v + weights[..., N:] * attend(q, k, v)
+
+
 def gate(add, attend, q, k, v, x, grid):
     gates = 2 / (1 + torch.exp(-(x @ add.gate.weight.T + add.gate.bias)))
     return attend(q, k, v) * gates.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
@@ -143,6 +162,8 @@ def temperature(add, attend, q, k, v, x, grid):
 ADDITIONS = {
     "value_conv3": value_conv,
     "value_conv5": value_conv,
+    "neighborhood3": neighborhood,
+    "neighborhood5": neighborhood,
     "local_conv3": local_conv,
     "local_conv5": local_conv,
     "local_dynamic": local_dynamic,

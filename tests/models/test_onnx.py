@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from models import OPERATORS, Segmenter, build_head, linearize, save
+from models import ADDITIONS, OPERATORS, Segmenter, build_head, linearize, save
 from models.onnx import COREML, TENSORRT, export, main, undocumented
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 4}
@@ -35,6 +35,11 @@ def run(path: Path, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+PAIRS = [*((name, ()) for name in OPERATORS), *(("elu1", (name,)) for name in ADDITIONS)]
+# Its convolution has as many groups as there are images, and ONNX's a fixed number: with a fixed batch it is exported.
+PAIRS.remove(("elu1", ("local_dynamic",)))
+
+
 class Each(nn.Module):
     """A ViT of each operator, side by side in one graph: [B, 3, H, W] -> [B, operators, classes]."""
 
@@ -42,7 +47,7 @@ class Each(nn.Module):
         super().__init__()
         vit = tiny()
         self.num_classes, self.pretrained_cfg = vit.num_classes, vit.pretrained_cfg
-        self.vits = nn.ModuleList(linearize(vit, name) for name in OPERATORS)
+        self.vits = nn.ModuleList(linearize(vit, name, additions=more) for name, more in PAIRS)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([vit(images) for vit in self.vits], 1)
@@ -54,11 +59,10 @@ def each(tmp_path_factory):
     return model, path, export(model, path, image_size=16, dynamic=["batch"])
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("index", range(len(PAIRS)), ids=["+".join((name, *more)) for name, more in PAIRS])
 @torch.no_grad()
-def test_each_operator(each, operator):
+def test_each_operator_and_addition(each, index):
     model, path, _ = each
-    index = list(OPERATORS).index(operator)
     for count in (1, 3):
         images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
         got, expected = run(path, images)[:, index], model.vits[index](images)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import warnings
 
 import pytest
@@ -101,7 +102,7 @@ def test_an_addition_equals_its_formula(name, grid, prefix):
     elif add.site == "values":
         out = op(q, k, add(v, x, grid), x, grid)
     else:
-        out = add(op(q, k, v, x, grid), v, x, grid)
+        out = add(op(q, k, v, x, grid), q, k, v, x, grid)
     wanted = naive.ADDITIONS[name](add, lambda q, k, v: naive.OPERATORS["elu1"](op, q, k, v, x, grid), *args, grid)
     check_equal(out, wanted, [*args, *add.parameters()])
 
@@ -236,7 +237,7 @@ def test_flops_are_counted_and_few(pair):
 
 
 @pytest.mark.parametrize("kind", VITS)
-@pytest.mark.parametrize("name", ADDITIONS)
+@pytest.mark.parametrize("name", [name for name in ADDITIONS if "neighborhood" not in name])
 @torch.no_grad()
 def test_an_addition_starts_as_the_identity(kind, name):
     vit, x = build(kind), images()
@@ -245,6 +246,19 @@ def test_an_addition_starts_as_the_identity(kind, name):
         assert torch.equal(student(x), linearize(vit, operator)(x))
         randomised(student)
         assert not torch.allclose(student(x), linearize(vit, operator)(x))
+
+
+@pytest.mark.parametrize("kind", VITS)
+@torch.no_grad()
+def test_a_neighborhood_of_all_patches_is_softmax(kind):
+    """Where the key for all other tokens is left out; with that key, copied weights mean more than without windows."""
+    vit, x = randomised(build(kind, img_size=24)), images(24, 24)
+    student = linearize(vit, additions=["neighborhood5"])
+    error = (student(x) - vit(x)).norm()
+    assert error < 0.5 * (linearize(vit)(x) - vit(x)).norm()
+    for block in student.blocks:
+        block.attn.on_output.neighborhood5.far.bias.fill_(-math.inf)
+    torch.testing.assert_close(student(x), vit(x))
 
 
 @pytest.mark.parametrize("pair", EVERY_PAIR, ids=ids)
@@ -376,7 +390,7 @@ def test_gradients_of_each_sample(pair):
 # --- The patch grid -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["local_conv3", "value_conv5", "local_dynamic", "mhla"])
+@pytest.mark.parametrize("name", ["local_conv3", "value_conv5", "local_dynamic", "neighborhood3", "mhla"])
 def test_the_patch_grid_is_the_images(name):
     """Whatever its shape; of a resized model, of one made to take any size, and with blocks made again in backward."""
     operator, additions = (name, ()) if name in OPERATORS else ("elu1", (name,))

@@ -1,0 +1,130 @@
+"""Softmax attention to near patches beside an operator: exact where attention is sharp, linear everywhere else."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .core import Shape, product, rounds, wide, without_autocast
+from .rala import constant_linear
+
+TILE = 8  # patches of a row whose queries meet the keys around them in one product
+
+
+class Neighborhood(nn.Module):
+    """Softmax over near patches, prefix tokens, and a key that stands for all tokens. Prefix tokens see all exactly.
+
+    Near are the patches of the size x size window around a query that lie in the image (neighborhood attention, arXiv
+    2204.07143, which at a border moves its window instead). The key for all tokens has the operator's output for its
+    value and log N + q mean(k)^T / sqrt(K) + x w + b for its logit: that of N keys equal to their mean, corrected by
+    w and b, which start as zero. Near and far share a normaliser, as in LoLCATs, arXiv 2410.10254.
+
+    It costs O(N size^2), and O(N) for each prefix token. It does not start as the identity but nearer to softmax.
+    """
+
+    site, needs_grid = "output", True
+
+    def __init__(self, shape: Shape, size: int) -> None:
+        super().__init__()
+        self.size, self.prefix = size, shape.num_prefix_tokens
+        self.far = constant_linear(shape.width, shape.num_heads, 0.0)
+
+    def forward(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, H, N, K] -> [B, H, N, K]."""
+        far = self.far(x).transpose(1, 2).unsqueeze(-1)
+        if torch.jit.is_scripting():
+            return _with_near(out, q, k, v, far, self.size, self.prefix, grid)
+        return with_near(out, q, k, v, far, self.size, self.prefix, grid)
+
+
+@torch.fx.wrap
+def with_near(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_BHN1: Tensor, size: int, prefix: int, grid: tuple[int, int]
+) -> Tensor:
+    """See `Neighborhood`; logits and weights in at least fp32."""
+    with without_autocast(v):
+        return _with_near(out, q, k, v, far_BHN1, size, prefix, grid)
+
+
+def _with_near(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_BHN1: Tensor, size: int, prefix: int, grid: tuple[int, int]
+) -> Tensor:
+    rows, columns = grid
+    scale, others = q.shape[-1] ** -0.5, 1 + prefix
+    q, k, v_factor = factor(q, v), factor(k, v), factor(v, v)
+    queries, first_keys, first_values = q[:, :, prefix:], k[:, :, :prefix], v_factor[:, :, :prefix]
+    far = times(queries, wide(k).mean(-2, keepdim=True).to(k.dtype).transpose(-2, -1)) * scale
+    far = far + wide(far_BHN1)[:, :, prefix:] + math.log(prefix + rows * columns)
+    first = times(queries, first_keys.transpose(-2, -1)) * scale
+    keys, values = strips(k[:, :, prefix:], size, grid), strips(v_factor[:, :, prefix:], size, grid)
+    queries = tiles(queries, columns)
+    logits = [tiles(torch.cat([far, first], -1), columns)]
+    for a in range(size):
+        logits.append(times(queries, keys[:, :, a : a + rows].transpose(-2, -1)) * scale)
+    hidden = F.pad(outside(size, grid, q.device), [others, 0])
+    weights = torch.cat(logits, -1).masked_fill(hidden, -math.inf).softmax(-1)
+
+    width = keys.shape[-2]
+    mean = torch.zeros_like(queries, dtype=weights.dtype)
+    for a in range(size):
+        of_row = weights[..., others + a * width : others + (a + 1) * width]
+        mean = mean + times(factor(of_row, v), values[:, :, a : a + rows])
+    of_others = untiled(weights[..., :others], columns)
+    mean = untiled(mean, columns) + of_others[..., :1] * out[:, :, prefix:]
+    mean = mean + times(factor(of_others[..., 1:], v), first_values)
+    if prefix > 0:
+        weights = (times(q[:, :, :prefix], k.transpose(-2, -1)) * scale).softmax(-1)
+        mean = torch.cat([times(factor(weights, v), v_factor), mean], -2)
+    return mean.to(v.dtype)
+
+
+def factor(x: Tensor, v: Tensor) -> Tensor:
+    """`x` as a factor of products: rounded where `rounds` says so of the values `v`, else in at least fp32."""
+    if not torch.jit.is_scripting():
+        if rounds(v):
+            return x.to(v.dtype)
+    return wide(x)
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """`product` of factors, which TorchScript, where they are wide, has not."""
+    if not torch.jit.is_scripting():
+        return product(x, y)
+    return x @ y
+
+
+def tiles(x_BHNK: Tensor, columns: int, tile: int = TILE) -> Tensor:
+    """Patches [B, H, rows * columns, K] -> [B, H, rows, tiles of a row, TILE, K]; zeros fill up the last tile."""
+    B, H, N, K = x_BHNK.shape
+    x = F.pad(x_BHNK.reshape(B, H, N // columns, columns, K), [0, 0, 0, -columns % tile])
+    return x.reshape(B, H, N // columns, -1, tile, K)
+
+
+def untiled(x: Tensor, columns: int) -> Tensor:
+    """The inverse of `tiles`."""
+    B, H, rows, K = x.shape[0], x.shape[1], x.shape[2], x.shape[-1]
+    return x.reshape(B, H, rows, -1, K)[:, :, :, :columns].reshape(B, H, rows * columns, K)
+
+
+def strips(x_BHNK: Tensor, size: int, grid: tuple[int, int], tile: int = TILE) -> Tensor:
+    """What each tile's windows see of each row: [B, H, rows + size - 1, tiles, TILE + size - 1, K], zeros outside."""
+    rows, columns = grid
+    B, H, _, K = x_BHNK.shape
+    reach = size // 2
+    x = x_BHNK.reshape(B, H, rows, columns, K)
+    x = F.pad(x, [0, 0, reach, reach + -columns % tile, reach, reach])
+    return x.unfold(3, tile + 2 * reach, tile).transpose(-2, -1)
+
+
+def outside(size: int, grid: tuple[int, int], device: torch.device, tile: int = TILE) -> Tensor:
+    """Which keys of `strips` are not in a query's window or not in the image: [rows, tiles, TILE, size * strip]."""
+    rows, columns = grid
+    reach = size // 2
+    row = torch.arange(rows, device=device)[:, None] + torch.arange(-reach, reach + 1, device=device)
+    start = torch.arange(0, columns, tile, device=device)[:, None, None]
+    query = start + torch.arange(tile, device=device)[:, None]
+    key = start + torch.arange(-reach, tile + reach, device=device)
+    column_out = (key < 0) | (key >= columns) | ((key - query).abs() > reach)
+    row_out = (row < 0) | (row >= rows)
+    return (row_out[:, None, None, :, None] | column_out[None, :, :, None, :]).flatten(-2)
