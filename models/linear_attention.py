@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .operators import PatchGrid, Shape, build_additions, build_operator
 
-SITES = ("queries_keys", "values", "output")
+SITES = ("queries_keys", "values", "attention", "output")
 
 
 @torch.fx.wrap  # in a graph the mask is a placeholder, which can be looked at only when the graph runs
@@ -116,8 +116,10 @@ class LinearAttention(nn.Module):
         for addition in self.on_values.values():
             v = addition(v, x, grid)
         out = self.operator(q, k, v, x, grid)
-        for addition in self.on_output.values():
+        for addition in self.on_attention.values():
             out = addition(out, q, k, v, x, grid)
+        for addition in self.on_output.values():
+            out = addition(out, v, x, grid)
         out = self.norm(out.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
@@ -162,13 +164,18 @@ class LinearAttention(nn.Module):
     @torch.jit.ignore
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """Those that the softmax model does not have: of the operator and of the additions."""
-        for part in (self.operator, self.on_queries_keys, self.on_values, self.on_output):
-            yield from part.parameters()
+        yield from self.operator.parameters()
+        yield from self.addition_parameters()
 
     @torch.jit.ignore
     def alignment_parameters(self) -> Iterator[nn.Parameter]:
         """Those that can be trained toward the softmax attention's output, block by block (stage 1)."""
         yield from self.qkv_parameters()
         yield from self.operator.alignment_parameters()
-        for part in (self.on_queries_keys, self.on_values, self.on_output):
-            yield from part.parameters()
+        yield from self.addition_parameters()
+
+    @torch.jit.ignore
+    def addition_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the additions."""
+        for site in SITES:
+            yield from getattr(self, f"on_{site}").parameters()

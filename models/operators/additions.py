@@ -2,8 +2,8 @@
 
 `Neighborhood` alone, which has its own file, starts nearer to softmax than the operator.
 
-An addition stands at a `site` of the attention: `queries_keys` before the operator, `values` before it, or `output`
-after it. All it does comes through `forward`, so that ZeRO 3 gathers its parameters.
+An addition stands at a `site` of the attention: `queries_keys` before the operator, `values` before it, `attention`
+beside it, or `output` after it. All it does comes through `forward`, so that ZeRO 3 gathers its parameters.
 """
 
 import torch
@@ -41,7 +41,7 @@ class Gate(nn.Module):
         super().__init__()
         self.gate = constant_linear(shape.width, shape.num_heads * shape.head_dim, 0.0)
 
-    def forward(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, out: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] -> [B, H, N, K]."""
         B, H, N, K = out.shape
         return out * (2 * self.gate(x).sigmoid()).reshape(B, N, H, K).transpose(1, 2)
@@ -73,7 +73,7 @@ class LocalConvolution(Convolution):
 
     site = "output"
 
-    def forward(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, out: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] -> [B, H, N, K]."""
         return plus_convolved(out, v, self.weight, self.prefix, grid)
 
@@ -101,7 +101,7 @@ class LocalDynamic(nn.Module):
         for zero in (self.hidden.bias, self.kernels.weight, self.kernels.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, out: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, H, N, K] -> [B, H, N, K]."""
         kernels = self.kernels(F.gelu(self.hidden(x.mean(1).unsqueeze(-1))))
         maps = as_maps(v, self.prefix, grid)

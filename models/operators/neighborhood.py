@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import Shape, product, rounds, wide, without_autocast
+from ..kernels import neighborhood
+from .core import Shape, preferred, product, rounds, wide, without_autocast
 from .rala import constant_linear
 
 TILE = 8  # patches of a row whose queries meet the keys around them in one product
@@ -23,7 +24,7 @@ class Neighborhood(nn.Module):
     It costs O(N size^2), and O(N) for each prefix token. It does not start as the identity but nearer to softmax.
     """
 
-    site, needs_grid = "output", True
+    site, needs_grid = "attention", True
 
     def __init__(self, shape: Shape, size: int) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class Neighborhood(nn.Module):
 def with_near(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_BHN1: Tensor, size: int, prefix: int, grid: tuple[int, int]
 ) -> Tensor:
-    """See `Neighborhood`; logits and weights in at least fp32."""
+    """See `Neighborhood`; `far_BHN1` is x w + b."""
     with without_autocast(v):
         return _with_near(out, q, k, v, far_BHN1, size, prefix, grid)
 
@@ -50,33 +51,55 @@ def with_near(
 def _with_near(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, far_BHN1: Tensor, size: int, prefix: int, grid: tuple[int, int]
 ) -> Tensor:
+    scale = q.shape[-1] ** -0.5
+    queries, keys, values = factor(q, v), factor(k, v), factor(v, v)
+    patches = queries[:, :, prefix:]
+    far = times(patches, wide(k).mean(-2, keepdim=True).to(keys.dtype).transpose(-2, -1)) * scale
+    far = far + wide(far_BHN1)[:, :, prefix:] + math.log(q.shape[-2])
+    out = out[:, :, prefix:]
+    if prefix > 0:  # these keys are seen by all: they and the far ones are one key more for each query
+        logits = torch.cat([far, times(patches, keys[:, :, :prefix].transpose(-2, -1)) * scale], -1)
+        weights = logits.softmax(-1)
+        far = logits.logsumexp(-1, keepdim=True)
+        out = weights[..., :1] * out + times(factor(weights[..., 1:], v), values[:, :, :prefix])
+    mean = near(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], out.to(v.dtype), far, size, grid)
+    if prefix > 0:
+        weights = (times(queries[:, :, :prefix], keys.transpose(-2, -1)) * scale).softmax(-1)
+        mean = torch.cat([times(factor(weights, v), values).to(v.dtype), mean], -2)
+    return mean
+
+
+def near(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit_BHN1: Tensor, size: int, grid: tuple[int, int]
+) -> Tensor:
+    """Softmax attention of patches to those around them, and to one key more of their own.
+
+    Args:
+        q, k, v: of patches alone, [B, H, rows * columns, K].
+        other: the value of each query's own key, like `v`.
+        logit_BHN1: and its logit.
+        size: of the window, odd.
+
+    Returns:
+        Like `v`. Logits and weights are at least fp32.
+    """
+    if not torch.jit.is_scripting():
+        if preferred(v) == "triton" and neighborhood.serves(q, k, v, other):
+            return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid)
     rows, columns = grid
-    scale, others = q.shape[-1] ** -0.5, 1 + prefix
-    q, k, v_factor = factor(q, v), factor(k, v), factor(v, v)
-    queries, first_keys, first_values = q[:, :, prefix:], k[:, :, :prefix], v_factor[:, :, :prefix]
-    far = times(queries, wide(k).mean(-2, keepdim=True).to(k.dtype).transpose(-2, -1)) * scale
-    far = far + wide(far_BHN1)[:, :, prefix:] + math.log(prefix + rows * columns)
-    first = times(queries, first_keys.transpose(-2, -1)) * scale
-    keys, values = strips(k[:, :, prefix:], size, grid), strips(v_factor[:, :, prefix:], size, grid)
-    queries = tiles(queries, columns)
-    logits = [tiles(torch.cat([far, first], -1), columns)]
+    scale = q.shape[-1] ** -0.5
+    queries = tiles(factor(q, v), columns)
+    keys, values = strips(factor(k, v), size, grid), strips(factor(v, v), size, grid)
+    logits = [tiles(wide(logit_BHN1), columns)]
     for a in range(size):
         logits.append(times(queries, keys[:, :, a : a + rows].transpose(-2, -1)) * scale)
-    hidden = F.pad(outside(size, grid, q.device), [others, 0])
+    hidden = F.pad(outside(size, grid, q.device), [1, 0])
     weights = torch.cat(logits, -1).masked_fill(hidden, -math.inf).softmax(-1)
-
     width = keys.shape[-2]
-    mean = torch.zeros_like(queries, dtype=weights.dtype)
+    mean = weights[..., :1] * tiles(other, columns)
     for a in range(size):
-        of_row = weights[..., others + a * width : others + (a + 1) * width]
-        mean = mean + times(factor(of_row, v), values[:, :, a : a + rows])
-    of_others = untiled(weights[..., :others], columns)
-    mean = untiled(mean, columns) + of_others[..., :1] * out[:, :, prefix:]
-    mean = mean + times(factor(of_others[..., 1:], v), first_values)
-    if prefix > 0:
-        weights = (times(q[:, :, :prefix], k.transpose(-2, -1)) * scale).softmax(-1)
-        mean = torch.cat([times(factor(weights, v), v_factor), mean], -2)
-    return mean.to(v.dtype)
+        mean = mean + times(factor(weights[..., 1 + a * width : 1 + (a + 1) * width], v), values[:, :, a : a + rows])
+    return untiled(mean, columns).to(v.dtype)
 
 
 def factor(x: Tensor, v: Tensor) -> Tensor:

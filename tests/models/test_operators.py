@@ -101,8 +101,10 @@ def test_an_addition_equals_its_formula(name, grid, prefix):
         out = op(*add(q, k), v, x, grid)
     elif add.site == "values":
         out = op(q, k, add(v, x, grid), x, grid)
-    else:
+    elif add.site == "attention":
         out = add(op(q, k, v, x, grid), q, k, v, x, grid)
+    else:
+        out = add(op(q, k, v, x, grid), v, x, grid)
     wanted = naive.ADDITIONS[name](add, lambda q, k, v: naive.OPERATORS["elu1"](op, q, k, v, x, grid), *args, grid)
     check_equal(out, wanted, [*args, *add.parameters()])
 
@@ -257,7 +259,7 @@ def test_a_neighborhood_of_all_patches_is_softmax(kind):
     error = (student(x) - vit(x)).norm()
     assert error < 0.5 * (linearize(vit)(x) - vit(x)).norm()
     for block in student.blocks:
-        block.attn.on_output.neighborhood5.far.bias.fill_(-math.inf)
+        block.attn.on_attention.neighborhood5.far.bias.fill_(-math.inf)
     torch.testing.assert_close(student(x), vit(x))
 
 

@@ -1,0 +1,125 @@
+"""Fused softmax attention of patches to those around them, as custom operators of torch; differentiable once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import DTYPES, MAX_HEAD_DIM, _like, _rows, _strides
+
+PATCHES = 16  # of a program, and four warps
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels compute `attend` of tensors like these."""
+    return all(x.dtype in DTYPES and x.shape[-1] <= MAX_HEAD_DIM and x.shape == tensors[0].shape for x in tensors)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit_BHN1: Tensor, size: int, grid: tuple[int, int]
+) -> Tensor:
+    """See `models.operators.neighborhood.near`. `serves` must hold of the first four."""
+    return torch.ops.unsoftmax.neighborhood(q, k, v, other, logit_BHN1.squeeze(-1).float(), size, *grid)[0]
+
+
+@torch.library.custom_op("unsoftmax::neighborhood", mutates_args=())
+def _neighborhood(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit: Tensor, size: int, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """Output like v [B, H, N, K], N = rows x columns, and in fp32 the logarithm of the normaliser [B, H, N]."""
+    from . import triton_neighborhood as kernels
+
+    q, k, v, other = map(_rows, (q, k, v, other))
+    out, total = _outputs(v)
+    kernels.forward_kernel[_launch(q, rows, columns)](
+        q, k, v, other, logit.contiguous(), out, total, rows, columns, q.shape[1], q.shape[-1] ** -0.5,
+        *_strides(q, k, v, other, out), **constants(q.shape[-1], size),
+    )  # fmt: skip
+    return out, total
+
+
+@_neighborhood.register_fake
+def _(q, k, v, other, logit, size, rows, columns):
+    return _outputs(v)
+
+
+@torch.library.custom_op("unsoftmax::neighborhood_backward", mutates_args=())
+def _backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit: Tensor, out: Tensor, total: Tensor, size: int,
+    rows: int, columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Derivatives by q, k, v, other [B, H, N, K] and by logit [B, H, N]."""
+    from . import triton_neighborhood as kernels
+
+    dy, q, k, v, other, out = map(_rows, (dy, q, k, v, other, out))
+    dq, dk, dv, dother, dlogit = _derivatives(q, k, v, other)
+    along = torch.empty_like(dlogit)
+    programs, how = _launch(q, rows, columns), constants(q.shape[-1], size)
+    place = (rows, columns, q.shape[1], q.shape[-1] ** -0.5)
+    kernels.by_queries_kernel[programs](
+        dy, q, k, v, other, logit.contiguous(), out, total, dq, dother, dlogit, along, *place,
+        *_strides(dy, q, k, v, other, out, dq, dother), **how,
+    )  # fmt: skip
+    kernels.by_keys_kernel[programs](
+        dy, q, k, v, total, along, dk, dv, *place, *_strides(dy, q, k, v, dk, dv), **how
+    )  # fmt: skip
+    return dq, dk, dv, dother, dlogit
+
+
+@_backward.register_fake
+def _(dy, q, k, v, other, logit, out, total, size, rows, columns):
+    return _derivatives(q, k, v, other)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.size, ctx.rows, ctx.columns = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
+    place = ctx.size, ctx.rows, ctx.columns
+    return *torch.ops.unsoftmax.neighborhood_backward(dy, *ctx.saved_tensors, *place), None, None, None
+
+
+_neighborhood.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.unsoftmax.neighborhood)
+def _forward_flops(
+    q_shape: tuple, k: tuple, v: tuple, other: tuple, logit: tuple, size: int, *_: Any, **__: Any
+) -> int:
+    B, H, N, K = q_shape
+    return 2 * B * H * N * K * (2 * size**2 + 1)
+
+
+@register_flop_formula(torch.ops.unsoftmax.neighborhood_backward)
+def _backward_flops(dy_shape: tuple, *shapes: Any, **__: Any) -> int:
+    size = next(x for x in shapes if isinstance(x, int))
+    B, H, N, K = dy_shape
+    return 2 * B * H * N * K * (4 * size**2 + 3)
+
+
+def moved_bytes(q: Tensor, backward: bool) -> int:
+    """The least that it can move: q, k, v, other, out once; in backward these, dy, and four derivatives once."""
+    return q.numel() * q.element_size() * (5 + 10 * backward)
+
+
+def constants(K: int, size: int) -> dict[str, int]:
+    """Sizes of blocks, warps. Not tuned on a GPU yet."""
+    return {"K": K, "BK": max(16, 1 << (K - 1).bit_length()), "BC": PATCHES, "SIZE": size, "num_warps": 4}
+
+
+def _launch(q: Tensor, rows: int, columns: int) -> tuple[int, int]:
+    B, H, N, _ = q.shape
+    assert rows * columns == N, (q.shape, rows, columns)
+    return rows * -(-columns // PATCHES), B * H
+
+
+def _outputs(v: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(v), v.new_empty(v.shape[:3], dtype=torch.float32)
+
+
+def _derivatives(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v), _like(other), q.new_empty(q.shape[:3], dtype=torch.float32)
