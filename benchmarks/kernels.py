@@ -1,8 +1,8 @@
 """The Triton kernels, built ahead of time for GPUs that need not be here.
 
 `python -m benchmarks.kernels` compiles each kernel for sm_80 and sm_90 and prints registers, spills and shared memory.
-It needs Triton and no GPU. `tests/models/kernels/interpreted.py` and
-`interpreted_convolution.py` beside it count the bytes.
+It needs Triton and no GPU. `tests/models/kernels/interpreted.py`, and those of the convolution and of neighborhoods
+beside it, count the bytes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.common import markdown
 from models import kernels
-from models.kernels import convolution, triton_attention, triton_convolution
+from models.kernels import convolution, neighborhood, triton_attention, triton_convolution, triton_neighborhood
 
 PASSES = {"forward": ("first", "second"), "backward": ("both", "first", "second")}
 KERNELS = [(name, passes) for name, of_it in PASSES.items() for passes in of_it]
@@ -81,6 +81,27 @@ def convolution_ahead(name: str, size: int, head_dim: int, capability: int) -> d
     return measured(kernel, signature, constants, attributes, {key: how[key] for key in OPTIONS}, capability)
 
 
+def neighborhood_ahead(name: str, size: int, head_dim: int, capability: int) -> dict[str, Any]:
+    """As `compile_ahead`, of neighborhood attention in bf16."""
+    kernel = getattr(triton_neighborhood, f"{name}_kernel")
+    how = neighborhood.constants(head_dim, size)
+    constants = {key: value for key, value in how.items() if key not in OPTIONS}
+    signature, attributes = {}, {}
+    for i, key in enumerate(kernel.arg_names):
+        if key in constants:
+            signature[key] = "constexpr"
+        elif key == "scale":
+            signature[key] = "fp32"
+        elif key in ("rows", "columns", "H") or key[-1] in "BHN":
+            signature[key] = "i32"
+            if key not in ("rows", "columns", "H"):
+                attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
+        else:
+            signature[key] = "*fp32" if key in ("logit", "total", "dlogit", "along") else "*bf16"
+            attributes[i,] = [["tt.divisibility", 16]]
+    return measured(kernel, signature, constants, attributes, {"num_warps": how["num_warps"]}, capability)
+
+
 def measured(
     kernel: Any, signature: dict, constants: dict, attributes: dict, options: dict, capability: int
 ) -> dict[str, Any]:
@@ -110,6 +131,7 @@ def main() -> None:
     parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 80, 88, 96, 128))
     parser.add_argument("--maps", nargs="*", choices=kinds, default=kinds, help="of attention")
     parser.add_argument("--sizes", type=int, nargs="*", default=(3, 5), help="of the convolution")
+    parser.add_argument("--windows", type=int, nargs="*", default=(3, 5), help="of neighborhood attention")
     parser.add_argument("--for", dest="capabilities", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args()
@@ -126,6 +148,13 @@ def main() -> None:
         for head_dim in args.head_dims
         for size in args.sizes
         for name in ("convolution", "taps")
+    }
+    found |= {
+        (name, "all", f"window {size}", head_dim, capability): neighborhood_ahead(name, size, head_dim, capability)
+        for capability in args.capabilities
+        for head_dim in args.head_dims
+        for size in args.windows
+        for name in ("forward", "by_queries", "by_keys")
     }
     if args.json:
         print(json.dumps({"-".join(map(str, key)): values for key, values in found.items()}))

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import DTYPES, MAX_HEAD_DIM, _like, _rows, _strides
 
-PATCHES = 16  # of a program, and four warps
+PATCHES = 16  # of a program
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -108,7 +108,8 @@ def moved_bytes(q: Tensor, backward: bool) -> int:
 
 def constants(K: int, size: int) -> dict[str, int]:
     """Sizes of blocks, warps. Not tuned on a GPU yet."""
-    return {"K": K, "BK": max(16, 1 << (K - 1).bit_length()), "BC": PATCHES, "SIZE": size, "num_warps": 4}
+    BK = max(16, 1 << (K - 1).bit_length())
+    return {"K": K, "BK": BK, "BC": PATCHES, "SIZE": size, "num_warps": 4 if BK <= 64 else 8}
 
 
 def _launch(q: Tensor, rows: int, columns: int) -> tuple[int, int]:

@@ -1,0 +1,96 @@
+"""Neighborhood attention's kernels in Triton's interpreter, on a CPU, as `interpreted.py` has those of attention.
+
+Prints a JSON object: case -> the relative errors against torch's products in fp64, the bytes asked for by the least.
+"""
+
+import json
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.kernels import neighborhood
+from models.operators import Shape, build_additions
+from models.operators.core import implementation
+from tests.models.kernels.interpreted import FLOATS, moved
+
+# window, heads, head dimension, prefix tokens, rows and columns, dtype, patches of a program
+CASES = {
+    "3-fp32": (3, 2, 24, 1, (3, 4), "fp32", 16),
+    "5-fp32": (5, 1, 80, 0, (2, 5), "fp32", 4),
+    "3-bf16": (3, 2, 64, 5, (4, 17), "bf16", 16),
+}
+
+
+def outcome(case, how):
+    """Output and derivatives by out, q, k, v, the tokens and the parameters; bytes of forward and of both."""
+    size, H, K, prefix, grid, floats, neighborhood.PATCHES = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    wide, narrow = (torch.float64,) * 2 if how == "torch" else (torch.float32, FLOATS[floats])
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    name = f"neighborhood{size}"
+    add = build_additions([name], Shape(H * K, H, K, prefix))[name].to(wide)
+    for p in add.parameters():
+        p.data = (0.2 * drawn(*p.shape)).to(wide)
+    N = prefix + grid[0] * grid[1]
+    packed = drawn(2, N, 4, H, K).to(FLOATS[floats]).to(narrow).requires_grad_()
+    x, dy = drawn(2, N, H * K).to(wide).requires_grad_(), drawn(2, H, N, K).to(narrow)
+    moved[0] = 0
+    with implementation(how):
+        y = add(*packed.permute(2, 0, 3, 1, 4).unbind(0), x, grid)
+    forward = moved[0]
+    y.backward(dy)
+    assert y.dtype == narrow
+    return [y, packed.grad, x.grad, *(p.grad for p in add.parameters())], forward, moved[0]
+
+
+def compared(case):
+    truth, _, _ = outcome(case, "torch")
+    ours, forward, both = outcome(case, "triton")
+    _, H, K, _, grid, floats, _ = CASES[case]
+    q = torch.empty(2, H, grid[0] * grid[1], K, dtype=FLOATS[floats])
+    least = [neighborhood.moved_bytes(q, backward) for backward in (False, True)]
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True)]
+    return {"errors": errors, "bytes": [forward / least[0], both / least[1]]}
+
+
+def as_torch_sees_it():
+    """Registered as torch wants it; compiled and exported: the differences to torch's products; FLOPs."""
+    generator, grid, neighborhood.PATCHES = torch.Generator().manual_seed(1), (2, 3), 16
+    tensors = [torch.randn(1, 2, 6, 4, generator=generator).requires_grad_() for _ in range(4)]
+    logit = torch.randn(1, 2, 6, generator=generator).requires_grad_()
+    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, 3, *grid))
+    add = build_additions(["neighborhood3"], Shape(8, 2, 4, 1))["neighborhood3"]
+    tensors = [torch.randn(1, 2, 7, 4, generator=generator).requires_grad_() for _ in range(4)]
+    x = torch.randn(1, 7, 8, generator=generator)
+    found = []
+    for how in ("torch", "triton"):
+        with implementation(how):
+            y = add(*tensors, x, grid)
+            found.append([y, *torch.autograd.grad((y**3).sum(), tensors)])
+    with implementation("triton"):
+        with FlopCounterMode(display=False) as counter:
+            add(*tensors, x, grid).sum().backward()
+        z = torch.compile(add, backend="aot_eager", fullgraph=True)(*tensors, x, grid)
+        found.append([z, *torch.autograd.grad((z**3).sum(), tensors)])
+        program = torch.export.export(add, (*(t.detach() for t in tensors), x, grid))
+    graphs = [module.code for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    assert any("unsoftmax.neighborhood" in code for code in graphs)
+    found.append([program.module()(*(t.detach() for t in tensors), x, grid)])
+    errors = [((a - b).norm() / b.norm()).item() for ours in found[1:] for a, b in zip(ours, found[0], strict=False)]
+    flops = [n for op, n in counter.get_flop_counts()["Global"].items() if "neighborhood" in str(op)]
+    return {"errors": errors, "flops": flops}
+
+
+def main():
+    print(json.dumps({case: compared(case) for case in CASES} | {"torch": as_torch_sees_it()}))
+
+
+if __name__ == "__main__":
+    main()
