@@ -84,7 +84,8 @@ def near(
         Like `v`. Logits and weights are at least fp32.
     """
     if not torch.jit.is_scripting():
-        if preferred(v) == "triton" and neighborhood.serves(q, k, v, other):
+        kernels = v.is_meta or preferred(v) == "triton"  # on the meta device costs are counted: those of the kernels
+        if kernels and neighborhood.serves(q, k, v, other):
             return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid)
     rows, columns = grid
     scale = q.shape[-1] ** -0.5
