@@ -35,13 +35,13 @@ LABELLED = ("caltech101", "imagewoof")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
-RECOMMENDED = "--student.operator hedgehog --student.additions [value_conv5]"
+RECOMMENDED = "--student.operator focused --student.additions [neighborhood3]"
 STAGE2 = "--train.lr 2e-5 --stage2.standardise true --stage2.blocks auto:3"
 # Name, options of both stages, of stage 1, of stage 2.
 STUDENTS = [
     ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 2e-5"),
-    ("recommended", RECOMMENDED, "--train.lr 3e-3 --train.lr_new 3", STAGE2),
-    ("hybrid", f"{RECOMMENDED} --student.keep_softmax auto:3", "--train.lr 3e-3 --train.lr_new 3", STAGE2),
+    ("recommended", RECOMMENDED, "--train.lr 4e-4 --train.lr_new 3", STAGE2),
+    ("hybrid", f"{RECOMMENDED} --student.keep_softmax auto:3", "--train.lr 4e-4 --train.lr_new 3", STAGE2),
 ]  # fmt: skip
 
 

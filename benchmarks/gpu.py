@@ -5,7 +5,7 @@ against the same operator of torch's products, and against flash-bidirectional-l
 (`flash_bla`, whose call gets features, so that the feature map is timed with it). Forward is timed in a CUDA graph. The
 share is of the time in which a copy moves the least bytes that attention needs.
 
-The convolution of `value_conv5` alone, likewise, against torch's.
+The convolution of `value_conv5` and the window of `neighborhood3` alone, likewise, against torch's.
 
 Whole models: forward in bf16, blocks compiled, in a CUDA graph, in turns: softmax (flash), linear, and the same model
 whose attention returns v, which is the most that any attention can win. At one image, and at as many images as make
@@ -120,21 +120,26 @@ def attention_table(shapes: list[tuple[int, int, int, int]], rate: float, least:
     return markdown(head, rows)
 
 
-def convolution_table(shapes: list[tuple[int, int, int, int]], name: str, rate: float, least: float) -> str:
-    """Of an addition to the values, for shapes B, rows and columns, H, K; backward is by the weight too."""
+def addition_table(shapes: list[tuple[int, int, int, int]], name: str, rate: float, least: float) -> str:
+    """Of an addition to the values or beside attention, for shapes B, side, H, K; backward is by the weights too."""
     rows = []
     for B, side, H, K in shapes:
         add = build_additions([name], Shape(H * K, H, K, 1))[name].to(DEVICE)
-        qkv = torch.randn(B, 1 + side * side, 3, H, K, device=DEVICE, dtype=DTYPE)
-        v = qkv.permute(2, 0, 3, 1, 4)[2].requires_grad_()
-        least_bytes = [v.numel() * v.element_size() * n for n in (2, 3)]
+        N = 1 + side * side
+        packed = torch.randn(4, B, N, H, K, device=DEVICE, dtype=DTYPE).transpose(2, 3)
+        if add.site == "values":
+            given, moves = [packed[0].requires_grad_(), None], (2, 3)
+        else:
+            x = torch.randn(B, N, H * K, device=DEVICE)
+            given, moves = [*(tensor.detach().requires_grad_() for tensor in packed), x], (5, 10)
+        leaves = [tensor for tensor in given if tensor is not None and tensor.requires_grad] + list(add.parameters())
+        least_bytes = [packed[0].numel() * packed.element_size() * n for n in moves]
         taken = {}
         for how in ("torch", "triton") if CUDA else ("torch",):
             with implementation(how):
-                found = both_passes(partial(add, v, None, (side, side)), [v, add.weight], least)
-                taken[f"{name}, {how}"] = found
+                taken[f"{name}, {how}"] = both_passes(partial(add, *given, (side, side)), leaves, least)
         rows += compared(taken, f"{B} x {side} x {side} x {H} x {K}", least_bytes, rate)
-    head = ["convolution", "B x grid x H x K", "forward, us", "backward, us", "torch / it", "backward",
+    head = ["addition", "B x grid x H x K", "forward, us", "backward, us", "torch / it", "backward",
             "share of copying", "backward"]  # fmt: skip
     return markdown(head, rows)
 
@@ -271,7 +276,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of the larger batch")
     parser.add_argument("--seconds", type=float, default=0.15, help="of a figure")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that it runs")
-    parser.add_argument("--convolution", action="store_true", help="only the table of the convolution")
+    parser.add_argument("--convolution", action="store_true", help="only the tables of additions")
     parser.add_argument("--profile", action="store_true", help="only where the time of --models goes, uncompiled")
     parser.add_argument("--build", action="store_true", help="only fill the compilers' caches")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench-gpu.md")
@@ -290,7 +295,7 @@ def main() -> None:
         rate = copied_per_second(args.seconds)
         said.append(f"A copy moves {rate / 1e9:,.0f} GB/s.")
         said += [] if args.convolution else [attention_table(shapes, rate, args.seconds)]
-        said.append(convolution_table(grids, "value_conv5", rate, args.seconds))
+        said += [addition_table(grids, name, rate, args.seconds) for name in ("value_conv5", "neighborhood3")]
         print("\n\n".join(said), flush=True)
     if args.convolution:
         return

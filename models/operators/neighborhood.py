@@ -53,16 +53,15 @@ def _with_near(
 ) -> Tensor:
     scale = q.shape[-1] ** -0.5
     queries, keys, values = factor(q, v), factor(k, v), factor(v, v)
-    patches = queries[:, :, prefix:]
-    far = times(patches, wide(k).mean(-2, keepdim=True).to(keys.dtype).transpose(-2, -1)) * scale
-    far = far + wide(far_BHN1)[:, :, prefix:] + math.log(q.shape[-2])
-    out = out[:, :, prefix:]
-    if prefix > 0:  # these keys are seen by all: they and the far ones are one key more for each query
-        logits = torch.cat([far, times(patches, keys[:, :, :prefix].transpose(-2, -1)) * scale], -1)
+    patches, out = queries[:, :, prefix:], out[:, :, prefix:]
+    shared = torch.cat([keys.mean(-2, keepdim=True), keys[:, :, :prefix]], -2)
+    logits = times(patches, shared.transpose(-2, -1)) * scale
+    logits = logits + F.pad(wide(far_BHN1)[:, :, prefix:] + math.log(q.shape[-2]), [0, prefix])
+    if prefix > 0:  # what all queries see is one key more for each
         weights = logits.softmax(-1)
-        far = logits.logsumexp(-1, keepdim=True)
+        logits = logits.logsumexp(-1, keepdim=True)
         out = weights[..., :1] * out + times(factor(weights[..., 1:], v), values[:, :, :prefix])
-    mean = near(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], out.to(v.dtype), far, size, grid)
+    mean = near(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], out.to(v.dtype), logits, size, grid)
     if prefix > 0:
         weights = (times(queries[:, :, :prefix], keys.transpose(-2, -1)) * scale).softmax(-1)
         mean = torch.cat([times(factor(weights, v), values).to(v.dtype), mean], -2)
