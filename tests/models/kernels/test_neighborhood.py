@@ -18,7 +18,7 @@ def test_forward_and_backward_are_those_of_torch():
     # Forward and backward of 6 patches in 2 heads of 4: two products per place of a window, and four.
     assert sorted(as_torch_sees_it["flops"]) == [2 * 2 * 6 * 4 * (2 * 9 + 1), 2 * 2 * 6 * 4 * (4 * 9 + 3)]
     for case, of in found.items():
-        assert max(of["errors"]) < (1e-6 if "fp32" in case else 2e-2), (case, of)
+        assert max(of["errors"]) < (1e-5 if "fp32" in case else 2e-2), (case, of)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
