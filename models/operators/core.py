@@ -155,7 +155,11 @@ def in_blocks(
     v = tensors[2]
     B, H = v.shape[:2]
     exact = v.dtype not in NARROW
-    if v.device.type != "cpu" or any(w.dim() != 3 or w.shape[0] != H or (exact and w.shape[1] == 1) for w in weights):
+    if (
+        _counting
+        or v.device.type != "cpu"
+        or any(w.dim() != 3 or w.shape[0] != H or (exact and w.shape[1] == 1) for w in weights)
+    ):
         return call(tensors, weights)
     heads, images = (H, B) if weights else (B * H, 1)  # with weights a block has all images, whose gradients are added
     most = heads if images > 1 else heads // 2
@@ -331,6 +335,25 @@ def implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+_counting = False
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Within it what tensors without values cost is counted: windows as by kernels, and all heads at once."""
+    global _counting
+    before, _counting = _counting, True
+    try:
+        yield
+    finally:
+        _counting = before
+
+
+def counted(x: Tensor) -> bool:
+    """Whether what `x` costs is counted."""
+    return _counting or x.is_meta
 
 
 FEATURES: dict[str, Callable] = {}

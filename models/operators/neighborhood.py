@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import neighborhood
-from .core import Shape, preferred, product, rounds, wide, without_autocast
+from .core import Shape, counted, preferred, product, rounds, wide, without_autocast
 from .rala import constant_linear
 
 TILE = 8  # patches of a row whose queries meet the keys around them in one product
@@ -83,8 +83,7 @@ def near(
         Like `v`. Logits and weights are at least fp32.
     """
     if not torch.jit.is_scripting():
-        kernels = v.is_meta or preferred(v) == "triton"  # on the meta device costs are counted: those of the kernels
-        if kernels and neighborhood.serves(q, k, v, other):
+        if (counted(v) or preferred(v) == "triton") and neighborhood.serves(q, k, v, other):
             return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid)
     rows, columns = grid
     scale = q.shape[-1] ** -0.5

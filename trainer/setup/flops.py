@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LinearAttention, backbone_of
+from models.operators.core import counting
 from trainer.engine.speed import Flops, peak_flops
 from trainer.setup.build import Job
 from trainer.setup.resolution import Size, pair
@@ -31,7 +32,7 @@ def shapes_of(stage: Stage, size: Size, micro: int, dtype: torch.dtype) -> Itera
     for module in stage.modules():
         module._compiled_call_impl = None
     # Fake tensors rather than those of the meta device, which knows softmax attention as N x N products only.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), counting():
         for module in (stage, *stage.beside()):
             module.to_empty(device="cpu")
         yield (
