@@ -19,6 +19,8 @@ def test_forward_and_backward_are_those_of_torch():
     assert sorted(as_torch_sees_it["flops"]) == [2 * 2 * 6 * 4 * (2 * 9 + 1), 2 * 2 * 6 * 4 * (4 * 9 + 3)]
     for case, of in found.items():
         assert max(of["errors"]) < (1e-5 if "fp32" in case else 2e-2), (case, of)
+        forward, both = of["bytes"]  # a window's keys are asked for at each of its places; caches hold them
+        assert 1 < forward < 4 and 1 < both < 4, (case, of)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
