@@ -15,6 +15,7 @@ from .magnitude import MALA, InLine
 from .mhla import MHLA
 from .neighborhood import Neighborhood
 from .polaformer import PolaFormer
+from .pooled import Pooled
 from .rala import RALA
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -29,6 +30,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "mhla": MHLA,
     "rala": RALA,
     "polaformer": PolaFormer,
+    "pooled": Pooled,
 }
 
 ADDITIONS: dict[str, Any] = {

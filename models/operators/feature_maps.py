@@ -207,7 +207,9 @@ class Exp(Operator):
         return (q - q.amax(-1, keepdim=True).detach()).exp(), (k - largest).exp()
 
 
-def check_number(name: str, value: float, low: float, high: float) -> None:
-    """Raises ValueError unless `value` is a number from `low` to `high`."""
+def check_number(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
+    """Raises ValueError unless `value` is a number from `low` to `high`, a whole one if so wanted."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name} {value!r}: not a number from {low} to {high}")
+    if whole and int(value) != value:
+        raise ValueError(f"{name} {value!r}: not a whole number")

@@ -22,9 +22,7 @@ class MHLA(Operator):
     def __init__(self, shape: Shape, cells: int = 4) -> None:
         """Raises ValueError unless `cells` is a whole number from 1 to 32."""
         super().__init__(shape)
-        check_number("cells", cells, 1, 32)
-        if int(cells) != cells:
-            raise ValueError(f"cells {cells!r}: not a whole number")
+        check_number("cells", cells, 1, 32, whole=True)
         self.cells, self.prefix = int(cells), shape.num_prefix_tokens
         self.mixture = nn.Parameter(local_mixture(self.cells, self.prefix > 0))
 

@@ -62,10 +62,15 @@ def _with_near(
         logits = logits.logsumexp(-1, keepdim=True)
         out = weights[..., :1] * out + times(factor(weights[..., 1:], v), values[:, :, :prefix])
     mean = near(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], out.to(v.dtype), logits, size, grid)
-    if prefix > 0:
-        weights = (times(queries[:, :, :prefix], keys.transpose(-2, -1)) * scale).softmax(-1)
-        mean = torch.cat([times(factor(weights, v), values).to(v.dtype), mean], -2)
-    return mean
+    return exactly(q, k, v, mean, prefix)
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor, patches: Tensor, prefix: int) -> Tensor:
+    """Softmax attention of the prefix tokens to all tokens, before the outcome of the `patches`."""
+    if prefix == 0:
+        return patches
+    logits = times(factor(q[:, :, :prefix], v), factor(k, v).transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return torch.cat([times(factor(logits.softmax(-1), v), factor(v, v)).to(v.dtype), patches], -2)
 
 
 def near(

@@ -80,6 +80,35 @@ def polaformer(op, q, k, v, x, grid):
     return torch.cat([mean_of(same, v[..., :half]), mean_of(opposite, v[..., half:])], -1)
 
 
+def pooled(op, q, k, v, x, grid):
+    """One softmax over N + cells keys, a cell after the other; of patches all but near keys are masked."""
+    N, K, (rows, columns), prefix = q.shape[2], q.shape[3], grid, op.prefix
+    height, width = (-(-side // op.cells) for side in grid)
+    mean, keys, values, shifts = q[:, :, prefix:].mean(2), [], [], []
+    for a, b in itertools.product(range(-(-rows // height)), range(-(-columns // width))):
+        cell = [i * columns + j for i in range(rows) for j in range(columns) if i // height == a and j // width == b]
+        k_cell, v_cell = k[:, :, prefix:][:, :, cell], v[:, :, prefix:][:, :, cell]
+        masses = torch.exp(torch.einsum("bhk,bhnk->bhn", mean, k_cell) / math.sqrt(K))
+        weights = (masses / masses.sum(-1, keepdim=True))[..., None]
+        keys.append((weights * k_cell).sum(2))
+        values.append((weights * v_cell).sum(2))
+        shifts.append(masses.sum(-1).log() - (mean * keys[-1]).sum(-1) / math.sqrt(K))
+    far = q @ torch.stack(keys, 2).mT / math.sqrt(K) + torch.stack(shifts, 2)[:, :, None]
+    far[:, :, :prefix] = -math.inf
+    logits = (q @ k.mT / math.sqrt(K)).masked_fill(~windows(N, grid, op.window), -math.inf)
+    return torch.cat([logits, far], -1).softmax(-1) @ torch.cat([v, *(value[:, :, None] for value in values)], 2)
+
+
+def windows(N, grid, size):
+    """[N, N]: whether a token sees another. Prefix tokens see all, and all see them."""
+    (rows, columns), prefix = grid, N - grid[0] * grid[1]
+    seen = torch.ones(N, N, dtype=torch.bool)
+    for i, j in itertools.product(range(rows * columns), repeat=2):
+        rows_apart, columns_apart = abs(i // columns - j // columns), abs(i % columns - j % columns)
+        seen[prefix + i, prefix + j] = max(rows_apart, columns_apart) <= size // 2
+    return seen
+
+
 OPERATORS = {
     "elu1": by_map(lambda op, x, _: elu1(x)),
     "relu": by_map(lambda op, x, _: x * (x > 0)),
@@ -92,6 +121,7 @@ OPERATORS = {
     "mhla": mhla,
     "rala": rala,
     "polaformer": polaformer,
+    "pooled": pooled,
 }
 
 
@@ -141,11 +171,7 @@ def neighborhood(add, attend, q, k, v, x, grid):
     far = math.log(N) + (q * k.mean(2, keepdim=True)).sum(-1) / math.sqrt(K)
     far = far + (x @ add.far.weight.T + add.far.bias).transpose(1, 2)
     logits = torch.cat([q @ k.transpose(2, 3) / math.sqrt(K), far[..., None]], -1)
-    seen = torch.ones(N, N + 1, dtype=torch.bool)
-    seen[:prefix, N] = False
-    for i, j in itertools.product(range(rows * columns), repeat=2):
-        rows_apart, columns_apart = abs(i // columns - j // columns), abs(i % columns - j % columns)
-        seen[prefix + i, prefix + j] = max(rows_apart, columns_apart) <= add.size // 2
+    seen = torch.cat([windows(N, grid, add.size), torch.arange(N)[:, None] >= prefix], 1)
     weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
     return weights[..., :N] @ v + weights[..., N:] * attend(q, k, v)
 
