@@ -17,59 +17,64 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit_BHN1: Tensor, size: int, grid: tuple[int, int]
-) -> Tensor:
-    """See `models.operators.neighborhood.near`. `serves` must hold of the first four."""
-    return torch.ops.unsoftmax.neighborhood(q, k, v, other, logit_BHN1.squeeze(-1).float(), size, *grid)[0]
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit_BHN1: Tensor, size: int, grid: tuple[int, int],
+    known: Tensor | None = None, bias_BHN1: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `models.operators.neighborhood.near`. `serves` must hold of the first four, and of `known`."""
+    bias = None if bias_BHN1 is None else bias_BHN1.squeeze(-1).float()
+    return torch.ops.unsoftmax.neighborhood(q, k, v, other, logit_BHN1.squeeze(-1).float(), known, bias, size, *grid)[0]
 
 
 @torch.library.custom_op("unsoftmax::neighborhood", mutates_args=())
 def _neighborhood(
-    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit: Tensor, size: int, rows: int, columns: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit: Tensor, known: Tensor | None, bias: Tensor | None, size: int,
+    rows: int, columns: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output like v [B, H, N, K], N = rows x columns, and in fp32 the logarithm of the normaliser [B, H, N]."""
     from . import triton_neighborhood as kernels
 
-    q, k, v, other = map(_rows, (q, k, v, other))
+    q, k, v, other, less = map(_rows, (q, k, v, other, k if known is None else known))
     out, total = _outputs(v)
     kernels.forward_kernel[_launch(q, rows, columns)](
-        q, k, v, other, logit.contiguous(), out, total, rows, columns, q.shape[1], q.shape[-1] ** -0.5,
-        *_strides(q, k, v, other, out), **constants(q.shape[-1], size),
+        q, k, v, other, logit.contiguous(), less, _bias(logit, bias), out, total, rows, columns, q.shape[1],
+        q.shape[-1] ** -0.5, *_strides(q, k, v, other, less, out), **constants(q.shape[-1], size, known is not None),
     )  # fmt: skip
     return out, total
 
 
 @_neighborhood.register_fake
-def _(q, k, v, other, logit, size, rows, columns):
+def _(q, k, v, other, logit, known, bias, size, rows, columns):
     return _outputs(v)
 
 
 @torch.library.custom_op("unsoftmax::neighborhood_backward", mutates_args=())
 def _backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit: Tensor, out: Tensor, total: Tensor, size: int,
-    rows: int, columns: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Derivatives by q, k, v, other [B, H, N, K] and by logit [B, H, N]."""
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit: Tensor, known: Tensor | None,
+    bias: Tensor | None, out: Tensor, total: Tensor, size: int, rows: int, columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Derivatives by q, k, v, other [B, H, N, K], logit [B, H, N], known and bias; empty ones where these are not."""
     from . import triton_neighborhood as kernels
 
-    dy, q, k, v, other, out = map(_rows, (dy, q, k, v, other, out))
-    dq, dk, dv, dother, dlogit = _derivatives(q, k, v, other)
-    along = torch.empty_like(dlogit)
-    programs, how = _launch(q, rows, columns), constants(q.shape[-1], size)
+    dy, q, k, v, other, out, less = map(_rows, (dy, q, k, v, other, out, k if known is None else known))
+    dq, dk, dv, dother, dlogit, dknown, dbias = _derivatives(q, k, v, other, known)
+    along, bias = torch.empty_like(dlogit), _bias(logit, bias)
+    programs, how = _launch(q, rows, columns), constants(q.shape[-1], size, known is not None)
     place = (rows, columns, q.shape[1], q.shape[-1] ** -0.5)
     kernels.by_queries_kernel[programs](
-        dy, q, k, v, other, logit.contiguous(), out, total, dq, dother, dlogit, along, *place,
-        *_strides(dy, q, k, v, other, out, dq, dother), **how,
+        dy, q, k, v, other, logit.contiguous(), less, bias, out, total, dq, dother, dlogit, along, *place,
+        *_strides(dy, q, k, v, other, less, out, dq, dother), **how,
     )  # fmt: skip
+    dless = dk if known is None else dknown
     kernels.by_keys_kernel[programs](
-        dy, q, k, v, total, along, dk, dv, *place, *_strides(dy, q, k, v, dk, dv), **how
+        dy, q, k, v, less, bias, total, along, dk, dv, dless, dbias, *place,
+        *_strides(dy, q, k, v, less, dk, dv, dless), **how,
     )  # fmt: skip
-    return dq, dk, dv, dother, dlogit
+    return dq, dk, dv, dother, dlogit, dknown, dbias
 
 
 @_backward.register_fake
-def _(dy, q, k, v, other, logit, out, total, size, rows, columns):
-    return _derivatives(q, k, v, other)
+def _(dy, q, k, v, other, logit, known, bias, out, total, size, rows, columns):
+    return _derivatives(q, k, v, other, known)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -80,7 +85,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradients(ctx: Any, dy: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
     place = ctx.size, ctx.rows, ctx.columns
-    return *torch.ops.unsoftmax.neighborhood_backward(dy, *ctx.saved_tensors, *place), None, None, None
+    *found, dknown, dbias = torch.ops.unsoftmax.neighborhood_backward(dy, *ctx.saved_tensors, *place)
+    less = (None, None) if ctx.saved_tensors[5] is None else (dknown, dbias)
+    return *found, *less, None, None, None
 
 
 _neighborhood.register_autograd(_gradients, setup_context=_setup)
@@ -88,17 +95,18 @@ _neighborhood.register_autograd(_gradients, setup_context=_setup)
 
 @register_flop_formula(torch.ops.unsoftmax.neighborhood)
 def _forward_flops(
-    q_shape: tuple, k: tuple, v: tuple, other: tuple, logit: tuple, size: int, *_: Any, **__: Any
-) -> int:
+    q_shape: tuple, k: tuple, v: tuple, other: tuple, logit: tuple, known: tuple | None, bias: tuple | None, size: int,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
     B, H, N, K = q_shape
-    return 2 * B * H * N * K * (2 * size**2 + 1)
+    return 2 * B * H * N * K * ((2 if known is None else 3) * size**2 + 1)
 
 
 @register_flop_formula(torch.ops.unsoftmax.neighborhood_backward)
 def _backward_flops(dy_shape: tuple, *shapes: Any, **__: Any) -> int:
-    size = next(x for x in shapes if isinstance(x, int))
+    size, known = next(x for x in shapes if isinstance(x, int)), shapes[5]
     B, H, N, K = dy_shape
-    return 2 * B * H * N * K * (4 * size**2 + 3)
+    return 2 * B * H * N * K * ((4 if known is None else 6) * size**2 + 3)
 
 
 def moved_bytes(q: Tensor, backward: bool) -> int:
@@ -106,10 +114,10 @@ def moved_bytes(q: Tensor, backward: bool) -> int:
     return q.numel() * q.element_size() * (5 + 10 * backward)
 
 
-def constants(K: int, size: int) -> dict[str, int]:
+def constants(K: int, size: int, less: bool = False) -> dict[str, int]:
     """Sizes of blocks, warps. Not tuned on a GPU yet."""
     BK = max(16, 1 << (K - 1).bit_length())
-    return {"K": K, "BK": BK, "BC": PATCHES, "SIZE": size, "num_warps": 4 if BK <= 64 else 8}
+    return {"K": K, "BK": BK, "BC": PATCHES, "SIZE": size, "LESS": less, "num_warps": 4 if BK <= 64 else 8}
 
 
 def _launch(q: Tensor, rows: int, columns: int) -> tuple[int, int]:
@@ -118,9 +126,15 @@ def _launch(q: Tensor, rows: int, columns: int) -> tuple[int, int]:
     return rows * -(-columns // PATCHES), B * H
 
 
+def _bias(logit: Tensor, bias: Tensor | None) -> Tensor:
+    return (logit if bias is None else bias).contiguous()
+
+
 def _outputs(v: Tensor) -> tuple[Tensor, Tensor]:
     return _like(v), v.new_empty(v.shape[:3], dtype=torch.float32)
 
 
-def _derivatives(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v), _like(other), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _derivatives(q: Tensor, k: Tensor, v: Tensor, other: Tensor, known: Tensor | None) -> tuple[Tensor, ...]:
+    one = q.new_empty(q.shape[:3], dtype=torch.float32)
+    less = (q.new_empty(0), q.new_empty(0)) if known is None else (_like(known), torch.empty_like(one))
+    return _like(q), _like(k), _like(v), _like(other), one, *less

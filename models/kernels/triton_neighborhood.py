@@ -45,11 +45,18 @@ def _store(at, n, stride, there, rows, K: tl.constexpr, BK: tl.constexpr):
     tl.store(at + n[:, None] * stride + c, rows.to(at.dtype.element_ty), mask=there[:, None] & (c < K))
 
 
+@triton.jit
+def _less(queries, known, bias, m, stride, there, K: tl.constexpr, BK: tl.constexpr):
+    """Keys by which a query's own key holds tokens m already, and the logits that they give [BC]."""
+    keys = _load(known, m, stride, there, K, BK)
+    return keys, tl.sum(queries * keys, 1) + tl.load(bias + m, mask=there, other=0.0)
+
+
 @triton.jit(do_not_specialize=GRID)
 def forward_kernel(
-    q, k, v, other, logit, out, total, rows, columns, H, scale,
-    qB, qH, qN, kB, kH, kN, vB, vH, vN, otherB, otherH, otherN, outB, outH, outN,
-    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr,
+    q, k, v, other, logit, known, bias, out, total, rows, columns, H, scale,
+    qB, qH, qN, kB, kH, kN, vB, vH, vN, otherB, otherH, otherN, lessB, lessH, lessN, outB, outH, outN,
+    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, LESS: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, K] and total [B, H, N], the logarithm of the normaliser; `logit` [B, H, N] is that of `other`."""
     y, x, b, h = _place(columns, H, BC)
@@ -57,6 +64,7 @@ def forward_kernel(
     n = y * columns + x
     k += b * kB + h * kH
     v += b * vB + h * vH
+    known += b * lessB + h * lessH
     one = (b * H + h) * rows * columns
     queries = _load(q + b * qB + h * qH, n, qN, mine, K, BK) * scale
     first = tl.load(logit + one + n, mask=mine, other=0.0)
@@ -68,6 +76,9 @@ def forward_kernel(
         s = tl.where(there, tl.sum(queries * _load(k, m, kN, there, K, BK), 1), float("-inf"))
         larger = tl.maximum(most, s)
         fade, weight = tl.exp(most - larger), tl.exp(s - larger)
+        if LESS:  # no more than `first` gives to all of these
+            _, t = _less(queries, known, bias + one, m, lessN, there, K, BK)
+            weight -= tl.where(there, tl.exp(t - larger), 0.0)
         norm = norm * fade + weight
         sums = sums * fade[:, None] + weight[:, None] * _load(v, m, vN, there, K, BK)
         most = larger
@@ -77,9 +88,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=GRID)
 def by_queries_kernel(
-    dy, q, k, v, other, logit, out, total, dq, dother, dlogit, along, rows, columns, H, scale,
-    yB, yH, yN, qB, qH, qN, kB, kH, kN, vB, vH, vN, otherB, otherH, otherN, outB, outH, outN, dqB, dqH, dqN,
-    doB, doH, doN, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr,
+    dy, q, k, v, other, logit, known, bias, out, total, dq, dother, dlogit, along, rows, columns, H, scale,
+    yB, yH, yN, qB, qH, qN, kB, kH, kN, vB, vH, vN, otherB, otherH, otherN, lessB, lessH, lessN, outB, outH, outN,
+    dqB, dqH, dqN, doB, doH, doN,
+    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, LESS: tl.constexpr,
 ):  # fmt: skip
     """Derivatives by queries and by their own keys; along [B, H, N] = dy . out, which `by_keys_kernel` needs."""
     y, x, b, h = _place(columns, H, BC)
@@ -87,6 +99,7 @@ def by_queries_kernel(
     n = y * columns + x
     k += b * kB + h * kH
     v += b * vB + h * vH
+    known += b * lessB + h * lessH
     one = (b * H + h) * rows * columns
     queries = _load(q + b * qB + h * qH, n, qN, mine, K, BK) * scale
     d = _load(dy + b * yB + h * yH, n, yN, mine, K, BK)
@@ -104,16 +117,20 @@ def by_queries_kernel(
         weight = tl.where(there, tl.exp(tl.sum(queries * keys, 1) - norm), 0.0)
         by_value = tl.sum(d * _load(v, m, vN, there, K, BK), 1)
         sums += (weight * (by_value - a))[:, None] * keys
+        if LESS:
+            keys, t = _less(queries, known, bias + one, m, lessN, there, K, BK)
+            weight = tl.where(there, tl.exp(t - norm), 0.0)
+            sums -= (weight * (by_value - a))[:, None] * keys
     _store(dq + b * dqB + h * dqH, n, dqN, mine, sums * scale, K, BK)
 
 
 @triton.jit(do_not_specialize=GRID)
 def by_keys_kernel(
-    dy, q, k, v, total, along, dk, dv, rows, columns, H, scale,
-    yB, yH, yN, qB, qH, qN, kB, kH, kN, vB, vH, vN, dkB, dkH, dkN, dvB, dvH, dvN,
-    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr,
+    dy, q, k, v, known, bias, total, along, dk, dv, dknown, dbias, rows, columns, H, scale,
+    yB, yH, yN, qB, qH, qN, kB, kH, kN, vB, vH, vN, lessB, lessH, lessN, dkB, dkH, dkN, dvB, dvH, dvN, dlB, dlH, dlN,
+    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, LESS: tl.constexpr,
 ):  # fmt: skip
-    """Derivatives by keys and values."""
+    """Derivatives by keys and values, and by known keys and their biases."""
     y, x, b, h = _place(columns, H, BC)
     mine = x < columns
     n = y * columns + x
@@ -124,14 +141,27 @@ def by_keys_kernel(
     values = _load(v + b * vB + h * vH, n, vN, mine, K, BK)
     by_keys = tl.zeros([BC, BK], tl.float32)
     by_values = tl.zeros([BC, BK], tl.float32)
+    if LESS:
+        less = _load(known + b * lessB + h * lessH, n, lessN, mine, K, BK) * scale
+        first = tl.load(bias + one + n, mask=mine, other=0.0)
+        by_known = tl.zeros([BC, BK], tl.float32)
+        by_bias = tl.zeros([BC], tl.float32)
     for i in tl.static_range(SIZE * SIZE):
         m, there = _window(y, x, rows, columns, i, SIZE)
         queries = _load(q, m, qN, there, K, BK)
         d = _load(dy, m, yN, there, K, BK)
         norm = tl.load(total + one + m, mask=there, other=0.0)
         weight = tl.where(there, tl.exp(tl.sum(queries * keys, 1) - norm), 0.0)
+        by_value = tl.sum(d * values, 1) - tl.load(along + one + m, mask=there, other=0.0)
+        by_keys += (weight * by_value)[:, None] * queries
+        if LESS:
+            taken = tl.where(there, tl.exp(tl.sum(queries * less, 1) + first - norm), 0.0)
+            weight -= taken
+            by_known -= (taken * by_value)[:, None] * queries
+            by_bias -= taken * by_value
         by_values += weight[:, None] * d
-        by_logit = weight * (tl.sum(d * values, 1) - tl.load(along + one + m, mask=there, other=0.0))
-        by_keys += by_logit[:, None] * queries
     _store(dk + b * dkB + h * dkH, n, dkN, mine, by_keys * scale, K, BK)
     _store(dv + b * dvB + h * dvH, n, dvN, mine, by_values, K, BK)
+    if LESS:
+        _store(dknown + b * dlB + h * dlH, n, dlN, mine, by_known * scale, K, BK)
+        tl.store(dbias + one + n, by_bias, mask=mine)

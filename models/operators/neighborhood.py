@@ -74,7 +74,15 @@ def exactly(q: Tensor, k: Tensor, v: Tensor, patches: Tensor, prefix: int) -> Te
 
 
 def near(
-    q: Tensor, k: Tensor, v: Tensor, other: Tensor, logit_BHN1: Tensor, size: int, grid: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other: Tensor,
+    logit_BHN1: Tensor,
+    size: int,
+    grid: tuple[int, int],
+    known: Tensor | None = None,
+    bias_BHN1: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of patches to those around them, and to one key more of their own.
 
@@ -83,27 +91,42 @@ def near(
         other: the value of each query's own key, like `v`.
         logit_BHN1: and its logit.
         size: of the window, odd.
+        known, bias_BHN1: keys, like `k`, by which `other` holds each patch already: exp(q known^T / sqrt(K) + bias) is
+            taken from the weight of a near one.
 
     Returns:
         Like `v`. Logits and weights are at least fp32.
     """
     if not torch.jit.is_scripting():
         if (counted(v) or preferred(v) == "triton") and neighborhood.serves(q, k, v, other):
-            return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid)
+            return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid, known, bias_BHN1)
     rows, columns = grid
-    scale = q.shape[-1] ** -0.5
     queries = tiles(factor(q, v), columns)
-    keys, values = strips(factor(k, v), size, grid), strips(factor(v, v), size, grid)
-    logits = [tiles(wide(logit_BHN1), columns)]
-    for a in range(size):
-        logits.append(times(queries, keys[:, :, a : a + rows].transpose(-2, -1)) * scale)
+    values = strips(factor(v, v), size, grid)
     hidden = F.pad(outside(size, grid, q.device), [1, 0])
-    weights = torch.cat(logits, -1).masked_fill(hidden, -math.inf).softmax(-1)
-    width = keys.shape[-2]
+    logits = torch.cat([tiles(wide(logit_BHN1), columns), to_near(queries, k, v, size, grid)], -1)
+    logits = logits.masked_fill(hidden, -math.inf)
+    if known is None or bias_BHN1 is None:
+        weights = logits.softmax(-1)
+    else:
+        bias = strips(wide(bias_BHN1), size, grid)
+        biases = torch.cat([bias[:, :, a : a + rows] for a in range(size)], -2).transpose(-2, -1)
+        most = logits.amax(-1, keepdim=True).detach()
+        less = (to_near(queries, known, v, size, grid) + biases - most).masked_fill(hidden[..., 1:], -math.inf)
+        weights = (logits - most).exp() - F.pad(less.exp(), [1, 0])
+        weights = weights / weights.sum(-1, keepdim=True)
+    width = values.shape[-2]
     mean = weights[..., :1] * tiles(other, columns)
     for a in range(size):
         mean = mean + times(factor(weights[..., 1 + a * width : 1 + (a + 1) * width], v), values[:, :, a : a + rows])
     return untiled(mean, columns).to(v.dtype)
+
+
+def to_near(queries: Tensor, k: Tensor, v: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
+    """q k^T / sqrt(K) of `tiles` of queries with all keys of their `strips`, [..., TILE, size * strip]."""
+    keys, rows = strips(factor(k, v), size, grid), grid[0]
+    products = [times(queries, keys[:, :, a : a + rows].transpose(-2, -1)) for a in range(size)]
+    return torch.cat(products, -1) * k.shape[-1] ** -0.5
 
 
 def factor(x: Tensor, v: Tensor) -> Tensor:

@@ -1,28 +1,33 @@
-"""Softmax over few keys: near ones as they are, and one for each cell of the patch grid."""
+"""Softmax over few keys: near patches as they are, and all others by one key for each cell of the patch grid."""
 
 import torch
 from torch import Tensor
 
 from .core import Operator, Shape, wide, without_autocast
 from .feature_maps import check_number
-from .mhla import by_cell
+from .mhla import by_cell, by_token
 from .neighborhood import exactly, factor, near, times
 
+LANDMARKS = 4  # x 4 mean queries, each of a part of the grid
 NOTHING = -1e30  # logit of what is not there
 
 
 class Pooled(Operator):
     """Softmax over prefix tokens, the window x window patches around a query, and cells x cells pooled keys.
 
-    Fine near, coarse far, as in focal attention, arXiv 2107.00641, but the grid is cut into cells x cells whatever its
-    size, so it costs O(N (cells^2 + window^2)). A query q gives cell c the logit that is the first-order expansion of
-    log sum_n exp(q k_n^T / sqrt(K)) about the mean query m of the patches, n over the cell's patches:
+    Fine near and coarse far, as in focal attention, arXiv 2107.00641, but the grid is cut into cells x cells whatever
+    its size, so it costs O(N (cells^2 + window^2)). A query q gives cell c the logit that is the first-order expansion
+    of log sum_n exp(q k_n^T / sqrt(K)), n over the cell's patches, about a query m_c:
 
-        a_n = softmax_n(m k_n^T / sqrt(K)),  k_c = sum_n a_n k_n,  v_c = sum_n a_n v_n,
-        logit = log sum_n exp(m k_n^T / sqrt(K)) + (q - m) k_c^T / sqrt(K).
+        a_n = softmax_n(m_c k_n^T / sqrt(K)),  k_c = sum_n a_n k_n,  v_c = sum_n a_n v_n,
+        logit = log sum_n exp(m_c k_n^T / sqrt(K)) + (q - m_c) k_c^T / sqrt(K).
 
-    So a query m has softmax attention's own outcome of each cell. Near patches are in their cells too. Prefix tokens
-    attend to all tokens exactly, in O(N) each. It has no parameters.
+    So a query m_c has softmax attention's own outcome of the cell, and no query gives it more weight than softmax does:
+    the logarithm is convex. m_c is the mean of 4 x 4 landmarks, as Nystroemformer, arXiv 2102.03902, calls mean queries
+    of parts of the sequence, each as much as it attends to the cell when all cells are expanded about the mean query.
+
+    A near patch n takes its part a_n exp(logit) out of its cell, so nothing counts twice. Prefix tokens attend to all
+    tokens exactly, in O(N) each. There are no parameters.
     """
 
     needs_grid = True
@@ -51,29 +56,65 @@ def pooled_attention(
         return _pooled(q, k, v, prefix, grid, cells, window)
 
 
-def _pooled(
-    q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], cells: int, window: int
-) -> Tensor:
+def _pooled(q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], cells: int, window: int) -> Tensor:
     scale = q.shape[-1] ** -0.5
-    queries = factor(q, v)[:, :, prefix:]
-    keys, values, shifts = by_cells(wide(q), wide(k), wide(v), prefix, grid, cells)
-    logits = times(queries, factor(torch.cat([wide(k)[:, :, :prefix], keys], 2), v).transpose(-2, -1)) * scale
-    logits = logits + torch.cat([torch.zeros_like(wide(k)[:, :, :prefix, 0]), shifts], -1).unsqueeze(-2)
-    out = times(factor(logits.softmax(-1), v), factor(torch.cat([wide(v)[:, :, :prefix], values], 2), v)).to(v.dtype)
+    near_q, near_k, near_v = q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:]
+    first_k, first_v = wide(k[:, :, :prefix]), wide(v[:, :, :prefix])
+    keys, values = by_cell(wide(near_k), grid, cells), by_cell(wide(near_v), grid, cells)
+    there = by_cell(torch.ones_like(near_k[:1, :1, :, :1]), grid, cells).squeeze(-1) > 0
+
+    pooled, shifts, _ = expanded(keys, there, wide(near_q).mean(2, keepdim=True))
+    pooled, shifts, parts = expanded(keys, there, readers(wide(near_q), first_k, pooled, shifts, grid))
+    bias = by_token((parts + shifts.unsqueeze(-1)).unsqueeze(-1), grid, cells)
+    known = by_token(pooled.unsqueeze(-2).expand(-1, -1, -1, keys.shape[3], -1), grid, cells).to(v.dtype)
+
+    values = torch.cat([first_v, (parts.exp().unsqueeze(-1) * values).sum(-2)], 2)
+    pooled, shifts = torch.cat([first_k, pooled], 2), torch.cat([torch.zeros_like(first_k[..., 0]), shifts], -1)
+    logits = times(factor(near_q, v), factor(pooled, v).transpose(-2, -1)) * scale + shifts.unsqueeze(-2)
+    far = times(factor(logits.softmax(-1), v), factor(values, v)).to(v.dtype)
+    logits = logits.logsumexp(-1, keepdim=True)
+    return exactly(q, k, v, near(near_q, near_k, near_v, far, logits, window, grid, known, bias), prefix)
+
+
+def expanded(keys: Tensor, there: Tensor, about: Tensor, nothing: float = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells for a query near `about`: k_c, what is added to q k_c^T / sqrt(K) for a logit, and log a_n. See `Pooled`.
+
+    Args:
+        keys: by cells, [B, H, cells, M, K].
+        there: [1, 1, cells, M], which of them there are.
+        about: m_c, [B, H, cells or 1, K].
+
+    Returns:
+        [B, H, cells, K], [B, H, cells], [B, H, cells, M].
+    """
+    scale = keys.shape[-1] ** -0.5
+    logits = ((keys * about.unsqueeze(-2)).sum(-1) * scale).masked_fill(~there, nothing)
     total = logits.logsumexp(-1, keepdim=True)
-    out = near(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], out, total, window, grid)
-    return exactly(q, k, v, out, prefix)
+    parts = logits - total
+    pooled = (parts.exp().unsqueeze(-1) * keys).sum(-2)
+    return pooled, total.squeeze(-1) - (pooled * about).sum(-1) * scale, parts
 
 
-def by_cells(
-    q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], cells: int, nothing: float = NOTHING
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the cells [B, H, cells * cells, K], and what is added to the products of these keys."""
-    scale = q.shape[-1] ** -0.5
-    mean = q[:, :, prefix:].mean(2, keepdim=True)
-    keys, values = by_cell(k[:, :, prefix:], grid, cells), by_cell(v[:, :, prefix:], grid, cells)
-    there = by_cell(torch.ones_like(k[:1, :1, prefix:, :1]), grid, cells).squeeze(-1)
-    logits = ((keys * mean.unsqueeze(2)).sum(-1) * scale).masked_fill(there == 0, nothing)
-    weights = logits.softmax(-1).unsqueeze(-1)
-    keys, values = (weights * keys).sum(-2), (weights * values).sum(-2)
-    return keys, values, logits.logsumexp(-1) - (keys * mean).sum(-1) * scale
+def readers(
+    q: Tensor,
+    first: Tensor,
+    pooled: Tensor,
+    shifts: Tensor,
+    grid: tuple[int, int],
+    sides: int = LANDMARKS,
+    nothing: float = NOTHING,
+) -> Tensor:
+    """The mean landmark that attends to each cell, [B, H, cells, K].
+
+    Args:
+        q: queries of patches, [B, H, rows * columns, K].
+        first: keys of the prefix tokens.
+        pooled, shifts: of `expanded`.
+    """
+    scale, prefix = q.shape[-1] ** -0.5, first.shape[2]
+    size = by_cell(torch.ones_like(q[:1, :1, :, :1]), grid, sides).sum(-2)
+    landmarks = by_cell(q, grid, sides).sum(-2) / size.clamp_min(1)
+    logits = landmarks @ torch.cat([first, pooled], 2).transpose(-2, -1) * scale
+    logits = logits + torch.cat([torch.zeros_like(first[..., 0]), shifts], -1).unsqueeze(-2)
+    logits = logits.log_softmax(-1)[..., prefix:].masked_fill(size == 0, nothing)
+    return logits.softmax(-2).transpose(-2, -1) @ landmarks

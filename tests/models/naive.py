@@ -81,22 +81,44 @@ def polaformer(op, q, k, v, x, grid):
 
 
 def pooled(op, q, k, v, x, grid):
-    """One softmax over N + cells keys, a cell after the other; of patches all but near keys are masked."""
-    N, K, (rows, columns), prefix = q.shape[2], q.shape[3], grid, op.prefix
-    height, width = (-(-side // op.cells) for side in grid)
-    mean, keys, values, shifts = q[:, :, prefix:].mean(2), [], [], []
-    for a, b in itertools.product(range(-(-rows // height)), range(-(-columns // width))):
-        cell = [i * columns + j for i in range(rows) for j in range(columns) if i // height == a and j // width == b]
-        k_cell, v_cell = k[:, :, prefix:][:, :, cell], v[:, :, prefix:][:, :, cell]
-        masses = torch.exp(torch.einsum("bhk,bhnk->bhn", mean, k_cell) / math.sqrt(K))
-        weights = (masses / masses.sum(-1, keepdim=True))[..., None]
-        keys.append((weights * k_cell).sum(2))
-        values.append((weights * v_cell).sum(2))
-        shifts.append(masses.sum(-1).log() - (mean * keys[-1]).sum(-1) / math.sqrt(K))
-    far = q @ torch.stack(keys, 2).mT / math.sqrt(K) + torch.stack(shifts, 2)[:, :, None]
-    far[:, :, :prefix] = -math.inf
-    logits = (q @ k.mT / math.sqrt(K)).masked_fill(~windows(N, grid, op.window), -math.inf)
-    return torch.cat([logits, far], -1).softmax(-1) @ torch.cat([v, *(value[:, :, None] for value in values)], 2)
+    """Weights [N, N]: exact for near patches and for prefix tokens, else a patch's part of its cell's weight."""
+    N, K, prefix = q.shape[2], q.shape[3], op.prefix
+    scale = 1 / math.sqrt(K)
+    near_q, near_k = q[:, :, prefix:], k[:, :, prefix:]
+    cells = [cell for cell in parts(grid, op.cells) if cell]
+    landmarks = torch.stack([near_q[:, :, part].mean(2) for part in parts(grid, 4) if part], 2)
+    about = near_q.mean(2)
+    exact = torch.exp(scale * q @ k.mT)
+
+    def masses(queries, about):
+        """exp(logit) [..., cells], and for each patch of a cell the part of it."""
+        found, shares = [], []
+        for cell, m in zip(cells, about, strict=True):
+            own = torch.exp(scale * (near_k[:, :, cell] * m[:, :, None]).sum(-1))
+            share = own / own.sum(-1, keepdim=True)
+            key = (share[..., None] * near_k[:, :, cell]).sum(2)
+            found.append(
+                own.sum(-1, keepdim=True) * torch.exp(scale * ((queries - m[:, :, None]) * key[:, :, None]).sum(-1))
+            )
+            shares.append(share)
+        return torch.stack(found, -1), shares
+
+    seen, _ = masses(landmarks, [about] * len(cells))
+    total = seen.sum(-1) + torch.exp(scale * landmarks @ k[:, :, :prefix].mT).sum(-1)
+    attends = seen / total[..., None]
+    about = [(attends[..., c, None] * landmarks).sum(2) / attends[..., c].sum(2)[..., None] for c in range(len(cells))]
+    mass, shares = masses(q, about)
+    weights = exact.clone()
+    for c, cell in enumerate(cells):
+        weights[..., [prefix + n for n in cell]] = mass[..., c, None] * shares[c][:, :, None]
+    return mean_of(torch.where(windows(N, grid, op.window), exact, weights), v)
+
+
+def parts(grid, sides):
+    """Patches of the sides x sides parts of a grid, row after row of parts; the last may be smaller, or empty."""
+    (rows, columns), height, width = grid, -(-grid[0] // sides), -(-grid[1] // sides)
+    places = [(i // height, j // width) for i in range(rows) for j in range(columns)]
+    return [[n for n, at in enumerate(places) if at == part] for part in itertools.product(range(sides), repeat=2)]
 
 
 def windows(N, grid, size):
