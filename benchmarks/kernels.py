@@ -81,10 +81,10 @@ def convolution_ahead(name: str, size: int, head_dim: int, capability: int) -> d
     return measured(kernel, signature, constants, attributes, {key: how[key] for key in OPTIONS}, capability)
 
 
-def neighborhood_ahead(name: str, size: int, head_dim: int, capability: int) -> dict[str, Any]:
-    """As `compile_ahead`, of neighborhood attention in bf16."""
+def neighborhood_ahead(name: str, size: int, less: bool, head_dim: int, capability: int) -> dict[str, Any]:
+    """As `compile_ahead`, of neighborhood attention in bf16; with `less`, as `pooled` takes it."""
     kernel = getattr(triton_neighborhood, f"{name}_kernel")
-    how = neighborhood.constants(head_dim, size)
+    how = neighborhood.constants(head_dim, size, less)
     constants = {key: value for key, value in how.items() if key not in OPTIONS}
     signature, attributes = {}, {}
     for i, key in enumerate(kernel.arg_names):
@@ -97,7 +97,7 @@ def neighborhood_ahead(name: str, size: int, head_dim: int, capability: int) -> 
             if key not in ("rows", "columns", "H"):
                 attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
         else:
-            signature[key] = "*fp32" if key in ("logit", "total", "dlogit", "along") else "*bf16"
+            signature[key] = "*fp32" if key in ("logit", "bias", "total", "dlogit", "dbias", "along") else "*bf16"
             attributes[i,] = [["tt.divisibility", 16]]
     return measured(kernel, signature, constants, attributes, {"num_warps": how["num_warps"]}, capability)
 
@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--head_dims", type=int, nargs="+", default=(32, 64, 72, 80, 88, 96, 128))
     parser.add_argument("--maps", nargs="*", choices=kinds, default=kinds, help="of attention")
     parser.add_argument("--sizes", type=int, nargs="*", default=(3, 5), help="of the convolution")
-    parser.add_argument("--windows", type=int, nargs="*", default=(3, 5), help="of neighborhood attention")
+    parser.add_argument(
+        "--windows", type=int, nargs="*", default=(3, 5), help="of neighborhood attention, alone and in `pooled`"
+    )
     parser.add_argument("--for", dest="capabilities", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args()
@@ -150,10 +152,13 @@ def main() -> None:
         for name in ("convolution", "taps")
     }
     found |= {
-        (name, "all", f"window {size}", head_dim, capability): neighborhood_ahead(name, size, head_dim, capability)
+        (name, "all", f"{kind} {size}", head_dim, capability): neighborhood_ahead(
+            name, size, less, head_dim, capability
+        )
         for capability in args.capabilities
         for head_dim in args.head_dims
         for size in args.windows
+        for kind, less in (("window", False), ("pooled", True))
         for name in ("forward", "by_queries", "by_keys")
     }
     if args.json:

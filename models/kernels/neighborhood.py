@@ -109,9 +109,12 @@ def _backward_flops(dy_shape: tuple, *shapes: Any, **__: Any) -> int:
     return 2 * B * H * N * K * ((4 if known is None else 6) * size**2 + 3)
 
 
-def moved_bytes(q: Tensor, backward: bool) -> int:
-    """The least that it can move: q, k, v, other, out once; in backward these, dy, and four derivatives once."""
-    return q.numel() * q.element_size() * (5 + 10 * backward)
+def moved_bytes(q: Tensor, backward: bool, less: bool = False) -> int:
+    """The least that it can move: q, k, v, other, out once; in backward these, dy, and four derivatives once.
+
+    With `less` the known keys too, and their derivative.
+    """
+    return q.numel() * q.element_size() * (5 + less + (10 + 2 * less) * backward)
 
 
 def constants(K: int, size: int, less: bool = False) -> dict[str, int]:

@@ -13,33 +13,39 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.kernels import neighborhood
-from models.operators import Shape, build_additions
+from models.operators import Shape, build_additions, build_operator
 from models.operators.core import implementation
 from tests.models.kernels.interpreted import FLOATS, moved
 
-# window, heads, head dimension, prefix tokens, rows and columns, dtype, patches of a program
+# cells of `pooled`, window, heads, head dimension, prefix tokens, rows and columns, dtype, patches of a program
 CASES = {
-    "3-fp32": (3, 2, 24, 1, (3, 4), "fp32", 16),
-    "5-fp32": (5, 1, 80, 0, (2, 5), "fp32", 4),
-    "3-bf16": (3, 2, 64, 5, (4, 17), "bf16", 16),
+    "3-fp32": (0, 3, 2, 24, 1, (3, 4), "fp32", 16),
+    "5-fp32": (0, 5, 1, 80, 0, (2, 5), "fp32", 4),
+    "3-bf16": (0, 3, 2, 64, 5, (4, 17), "bf16", 16),
+    "pooled-3-fp32": (2, 3, 2, 24, 1, (3, 4), "fp32", 16),
+    "pooled-5-fp32": (3, 5, 1, 80, 0, (4, 5), "fp32", 4),
+    "pooled-3-bf16": (3, 3, 2, 64, 5, (4, 17), "bf16", 16),
 }
 
 
 def outcome(case, how):
     """Output and derivatives by out, q, k, v, the tokens and the parameters; bytes of forward and of both."""
-    size, H, K, prefix, grid, floats, neighborhood.PATCHES = CASES[case]
+    cells, size, H, K, prefix, grid, floats, neighborhood.PATCHES = CASES[case]
     generator = torch.Generator().manual_seed(0)
     wide, narrow = (torch.float64,) * 2 if how == "torch" else (torch.float32, FLOATS[floats])
 
     def drawn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    name = f"neighborhood{size}"
-    add = build_additions([name], Shape(H * K, H, K, prefix))[name].to(wide)
+    name, shape = f"neighborhood{size}", Shape(H * K, H, K, prefix)
+    if cells:
+        add = build_operator("pooled", shape, {"cells": cells, "window": size})
+    else:
+        add = build_additions([name], shape)[name].to(wide)
     for p in add.parameters():
         p.data = (0.2 * drawn(*p.shape)).to(wide)
     N = prefix + grid[0] * grid[1]
-    packed = drawn(2, N, 4, H, K).to(FLOATS[floats]).to(narrow).requires_grad_()
+    packed = drawn(2, N, 3 if cells else 4, H, K).to(FLOATS[floats]).to(narrow).requires_grad_()
     x, dy = drawn(2, N, H * K).to(wide).requires_grad_(), drawn(2, H, N, K).to(narrow)
     moved[0] = 0
     with implementation(how):
@@ -47,15 +53,16 @@ def outcome(case, how):
     forward = moved[0]
     y.backward(dy)
     assert y.dtype == narrow
-    return [y, packed.grad, x.grad, *(p.grad for p in add.parameters())], forward, moved[0]
+    found = [y, packed.grad, *(() if cells else (x.grad,)), *(p.grad for p in add.parameters())]
+    return found, forward, moved[0]
 
 
 def compared(case):
     truth, _, _ = outcome(case, "torch")
     ours, forward, both = outcome(case, "triton")
-    _, H, K, _, grid, floats, _ = CASES[case]
+    cells, _, H, K, _, grid, floats, _ = CASES[case]
     q = torch.empty(2, H, grid[0] * grid[1], K, dtype=FLOATS[floats])
-    least = [neighborhood.moved_bytes(q, backward) for backward in (False, True)]
+    least = [neighborhood.moved_bytes(q, backward, cells > 0) for backward in (False, True)]
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True)]
     return {"errors": errors, "bytes": [forward / least[0], both / least[1]]}
 
@@ -65,7 +72,9 @@ def as_torch_sees_it():
     generator, grid, neighborhood.PATCHES = torch.Generator().manual_seed(1), (2, 3), 16
     tensors = [torch.randn(1, 2, 6, 4, generator=generator).requires_grad_() for _ in range(4)]
     logit = torch.randn(1, 2, 6, generator=generator).requires_grad_()
-    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, 3, *grid))
+    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, None, None, 3, *grid))
+    known = torch.randn(1, 2, 6, 4, generator=generator).requires_grad_()
+    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, known, logit.detach() - 9, 3, *grid))
     add = build_additions(["neighborhood3"], Shape(8, 2, 4, 1))["neighborhood3"]
     tensors = [torch.randn(1, 2, 7, 4, generator=generator).requires_grad_() for _ in range(4)]
     x = torch.randn(1, 7, 8, generator=generator)

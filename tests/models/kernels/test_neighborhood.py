@@ -19,14 +19,14 @@ def test_forward_and_backward_are_those_of_torch():
     assert sorted(as_torch_sees_it["flops"]) == [2 * 2 * 6 * 4 * (2 * 9 + 1), 2 * 2 * 6 * 4 * (4 * 9 + 3)]
     for case, of in found.items():
         assert max(of["errors"]) < (1e-5 if "fp32" in case else 2e-2), (case, of)
-        forward, both = of["bytes"]  # a window's keys are asked for at each of its places; caches hold them
-        assert 1 < forward < 4 and 1 < both < 4, (case, of)
+        size = int(case.split("-")[-2])  # a window's keys are asked for at each of its places; caches hold them
+        assert all(1 < times < size**2 for times in of["bytes"]), (case, of)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_builds_ahead_of_time(capability):
     found = said("benchmarks.kernels", *f"--json --maps --sizes --windows 3 --head_dims 64 --for {capability}".split())
-    assert len(found) == 3
+    assert len(found) == 6
     for name, built in found.items():
         assert 16 <= built["registers"] <= 255 and built["spills"] <= 16, (name, built)
 
