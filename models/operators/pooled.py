@@ -116,5 +116,5 @@ def readers(
     landmarks = by_cell(q, grid, sides).sum(-2) / size.clamp_min(1)
     logits = landmarks @ torch.cat([first, pooled], 2).transpose(-2, -1) * scale
     logits = logits + torch.cat([torch.zeros_like(first[..., 0]), shifts], -1).unsqueeze(-2)
-    logits = logits.log_softmax(-1)[..., prefix:].masked_fill(size == 0, nothing)
+    logits = (logits - logits.logsumexp(-1, keepdim=True))[..., prefix:].masked_fill(size == 0, nothing)
     return logits.softmax(-2).transpose(-2, -1) @ landmarks
