@@ -84,9 +84,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
-    place = ctx.size, ctx.rows, ctx.columns
-    *found, dknown, dbias = torch.ops.unsoftmax.neighborhood_backward(dy, *ctx.saved_tensors, *place)
-    less = (None, None) if ctx.saved_tensors[5] is None else (dknown, dbias)
+    saved = ctx.saved_tensors  # a checkpointed block gives them once
+    *found, dknown, dbias = torch.ops.unsoftmax.neighborhood_backward(dy, *saved, ctx.size, ctx.rows, ctx.columns)
+    less = (None, None) if saved[5] is None else (dknown, dbias)
     return *found, *less, None, None, None
 
 
