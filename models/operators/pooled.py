@@ -8,7 +8,6 @@ from .feature_maps import check_number
 from .mhla import by_cell, by_token
 from .neighborhood import exactly, factor, near, times
 
-LANDMARKS = 4  # x 4 mean queries, each of a part of the grid
 NOTHING = -1e30  # logit of what is not there
 
 
@@ -23,8 +22,9 @@ class Pooled(Operator):
         logit = log sum_n exp(m_c k_n^T / sqrt(K)) + (q - m_c) k_c^T / sqrt(K).
 
     So a query m_c has softmax attention's own outcome of the cell, and no query gives it more weight than softmax does:
-    the logarithm is convex. m_c is the mean of 4 x 4 landmarks, as Nystroemformer, arXiv 2102.03902, calls mean queries
-    of parts of the sequence, each as much as it attends to the cell when all cells are expanded about the mean query.
+    the logarithm is convex. m_c is a mean of landmarks (mean queries of parts of the sequence: Nystroemformer, arXiv
+    2102.03902) of landmarks x landmarks parts of the grid. Each counts as much as it attends to the cell when all cells
+    are expanded about the mean query.
 
     A near patch n takes its part a_n exp(logit) out of its cell, so nothing counts twice. Prefix tokens attend to all
     tokens exactly, in O(N) each. There are no parameters.
@@ -32,39 +32,44 @@ class Pooled(Operator):
 
     needs_grid = True
 
-    def __init__(self, shape: Shape, cells: int = 8, window: int = 3) -> None:
-        """Raises ValueError unless `cells` and `window` are whole numbers from 1 to 32 and 15, and `window` is odd."""
+    def __init__(self, shape: Shape, cells: int = 8, window: int = 3, landmarks: int = 4) -> None:
+        """Raises ValueError unless these are whole numbers from 1 to 32, 15 and 32, and `window` is odd."""
         super().__init__(shape)
         check_number("cells", cells, 1, 32, whole=True)
         check_number("window", window, 1, 15, whole=True)
+        check_number("landmarks", landmarks, 1, 32, whole=True)
         if window % 2 == 0:
             raise ValueError(f"window {window!r}: not an odd number")
-        self.cells, self.window, self.prefix = int(cells), int(window), shape.num_prefix_tokens
+        self.sides, self.prefix = (int(cells), int(window), int(landmarks)), shape.num_prefix_tokens
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if torch.jit.is_scripting():
-            return _pooled(q, k, v, self.prefix, grid, self.cells, self.window)
-        return pooled_attention(q, k, v, self.prefix, grid, self.cells, self.window)
+            return _pooled(q, k, v, self.prefix, grid, self.sides)
+        return pooled_attention(q, k, v, self.prefix, grid, self.sides)
 
 
 @torch.fx.wrap
 def pooled_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], cells: int, window: int
+    q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], sides: tuple[int, int, int]
 ) -> Tensor:
-    """See `Pooled`; [B, H, N, K] each. Logits and weights are at least fp32."""
+    """See `Pooled`; [B, H, N, K] each. Logits and weights are at least fp32.
+
+    Args:
+        sides: cells, window, landmarks.
+    """
     with without_autocast(v):
-        return _pooled(q, k, v, prefix, grid, cells, window)
+        return _pooled(q, k, v, prefix, grid, sides)
 
 
-def _pooled(q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], cells: int, window: int) -> Tensor:
-    scale = q.shape[-1] ** -0.5
+def _pooled(q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], sides: tuple[int, int, int]) -> Tensor:
+    scale, (cells, window, landmarks) = q.shape[-1] ** -0.5, sides
     near_q, near_k, near_v = q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:]
     first_k, first_v = wide(k[:, :, :prefix]), wide(v[:, :, :prefix])
     keys, values = by_cell(wide(near_k), grid, cells), by_cell(wide(near_v), grid, cells)
     there = by_cell(torch.ones_like(near_k[:1, :1, :, :1]), grid, cells).squeeze(-1) > 0
 
     pooled, shifts, _ = expanded(keys, there, wide(near_q).mean(2, keepdim=True))
-    pooled, shifts, parts = expanded(keys, there, readers(wide(near_q), first_k, pooled, shifts, grid))
+    pooled, shifts, parts = expanded(keys, there, readers(wide(near_q), first_k, pooled, shifts, grid, landmarks))
     bias = by_token((parts + shifts.unsqueeze(-1)).unsqueeze(-1), grid, cells)
     known = by_token(pooled.unsqueeze(-2).expand(-1, -1, -1, keys.shape[3], -1), grid, cells).to(v.dtype)
 
@@ -101,7 +106,7 @@ def readers(
     pooled: Tensor,
     shifts: Tensor,
     grid: tuple[int, int],
-    sides: int = LANDMARKS,
+    sides: int,
     nothing: float = NOTHING,
 ) -> Tensor:
     """The mean landmark that attends to each cell, [B, H, cells, K].
@@ -110,6 +115,7 @@ def readers(
         q: queries of patches, [B, H, rows * columns, K].
         first: keys of the prefix tokens.
         pooled, shifts: of `expanded`.
+        sides: x sides landmarks.
     """
     scale, prefix = q.shape[-1] ** -0.5, first.shape[2]
     size = by_cell(torch.ones_like(q[:1, :1, :, :1]), grid, sides).sum(-2)

@@ -85,8 +85,8 @@ def pooled(op, q, k, v, x, grid):
     N, K, prefix = q.shape[2], q.shape[3], op.prefix
     scale = 1 / math.sqrt(K)
     near_q, near_k = q[:, :, prefix:], k[:, :, prefix:]
-    cells = [cell for cell in parts(grid, op.cells) if cell]
-    landmarks = torch.stack([near_q[:, :, part].mean(2) for part in parts(grid, 4) if part], 2)
+    cells = [cell for cell in parts(grid, op.sides[0]) if cell]
+    landmarks = torch.stack([near_q[:, :, part].mean(2) for part in parts(grid, op.sides[2]) if part], 2)
     about = near_q.mean(2)
     exact = torch.exp(scale * q @ k.mT)
 
@@ -111,7 +111,7 @@ def pooled(op, q, k, v, x, grid):
     weights = exact.clone()
     for c, cell in enumerate(cells):
         weights[..., [prefix + n for n in cell]] = mass[..., c, None] * shares[c][:, :, None]
-    return mean_of(torch.where(windows(N, grid, op.window), exact, weights), v)
+    return mean_of(torch.where(windows(N, grid, op.sides[1]), exact, weights), v)
 
 
 def parts(grid, sides):

@@ -91,6 +91,13 @@ def test_an_operator_equals_the_quadratic_formula(name, grid, prefix):
     check_equal(op(*args, grid), naive.OPERATORS[name](op, *args, grid), [*args, *op.parameters()])
 
 
+@pytest.mark.parametrize("sides", [(3, 1, 1), (2, 5, 3), (32, 3, 2)], ids=str)
+def test_pooled_of_other_sides(sides):
+    kwargs = dict(zip(("cells", "window", "landmarks"), sides, strict=True))
+    op, args = build_operator("pooled", Shape(12, 3, 8, 1), kwargs), inputs(1 + 4 * 7)
+    check_equal(op(*args, (4, 7)), naive.OPERATORS["pooled"](op, *args, (4, 7)), args)
+
+
 @pytest.mark.parametrize(("grid", "prefix"), [((4, 4), 0), ((3, 5), 5)])
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_an_addition_equals_its_formula(name, grid, prefix):
@@ -263,6 +270,17 @@ def test_a_neighborhood_of_all_patches_is_softmax(kind):
     torch.testing.assert_close(student(x), vit(x))
 
 
+@pytest.mark.parametrize("kind", VITS)
+@torch.no_grad()
+def test_pooled_with_a_cell_for_each_patch_is_softmax(kind):
+    """With larger cells a copied model still means more than with elu1."""
+    vit, x = randomised(build(kind, img_size=40)), images(40, 40)
+    student = linearize(vit, "pooled", operator_kwargs={"cells": 5})
+    torch.testing.assert_close(student(x), vit(x))
+    error = (linearize(vit, "pooled", operator_kwargs={"cells": 2})(x) - vit(x)).norm()
+    assert 0 < error < (linearize(vit)(x) - vit(x)).norm()
+
+
 @pytest.mark.parametrize("pair", EVERY_PAIR, ids=ids)
 def test_every_pair_trains_the_same_way_twice(pair):
     """fp32 and bf16, activation checkpointing, rotary positions, grids that are no square, prefix tokens."""
@@ -392,7 +410,7 @@ def test_gradients_of_each_sample(pair):
 # --- The patch grid -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["local_conv3", "value_conv5", "local_dynamic", "neighborhood3", "mhla"])
+@pytest.mark.parametrize("name", ["local_conv3", "value_conv5", "local_dynamic", "neighborhood3", "mhla", "pooled"])
 def test_the_patch_grid_is_the_images(name):
     """Whatever its shape; of a resized model, of one made to take any size, and with blocks made again in backward."""
     operator, additions = (name, ()) if name in OPERATORS else ("elu1", (name,))
@@ -452,6 +470,8 @@ def test_bad_names_and_keywords_are_named():
             "operator 'focused': power 0.5: not a number",
         ),
         ({"operator": "mhla", "operator_kwargs": {"cells": 2.5}}, "operator 'mhla': cells 2.5: not a whole number"),
+        ({"operator": "pooled", "operator_kwargs": {"window": 4}}, "operator 'pooled': window 4: not an odd number"),
+        ({"operator": "pooled", "operator_kwargs": {"cells": 0}}, "'pooled': cells 0: not a number from 1 to 32"),
         ({"additions": ["gate", "wings"]}, "addition 'wings': unknown; choose among value_conv3"),
         ({"feature_map": "cosine"}, "'cosine'"),
     ):
