@@ -35,13 +35,13 @@ LABELLED = ("caltech101", "imagewoof")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
-RECOMMENDED = "--student.operator focused --student.additions [neighborhood3]"
-STAGE2 = "--train.lr 2e-5 --stage2.standardise true --stage2.blocks auto:3"
+RECOMMENDED = "--student.operator pooled"
+STAGE2 = "--train.lr 1e-5 --stage2.standardise true --stage2.blocks auto:3"
 # Name, options of both stages, of stage 1, of stage 2.
 STUDENTS = [
     ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 2e-5"),
-    ("recommended", RECOMMENDED, "--train.lr 4e-4 --train.lr_new 3", STAGE2),
-    ("hybrid", f"{RECOMMENDED} --student.keep_softmax auto:3", "--train.lr 4e-4 --train.lr_new 3", STAGE2),
+    ("recommended", RECOMMENDED, "--train.lr 1e-4", STAGE2),
+    ("hybrid", f"{RECOMMENDED} --student.keep_softmax auto:3", "--train.lr 1e-4", STAGE2),
 ]  # fmt: skip
 
 
@@ -92,10 +92,11 @@ class Search:
         ]
         nearest: dict[str, tuple[float, Path]] = {}
         for name, options, folder, lines in running:
-            cosine = lines.result()[-1]["feature_cosine"]
+            cosines = {line["step"]: line["feature_cosine"] for line in lines.result()}
+            before, cosine = (f"{cosines[0]:.4f}" if 0 in cosines else ""), cosines[max(cosines)]
             of_stage = options.partition(" --student.parent")[0]
-            self.rows.append([name, str(stage), f"`{of_stage}`", f"{cosine:.4f}"])
-            print(f"{name}: after stage {stage} cosine {cosine:.4f}, {of_stage}", flush=True)
+            self.rows.append([name, str(stage), f"`{of_stage}`", before, f"{cosine:.4f}"])
+            print(f"{name}: stage {stage}, cosine {before} -> {cosine:.4f}, {of_stage}", flush=True)
             nearest[name] = max(nearest.get(name, (-1.0, folder)), (cosine, folder / f"stage{stage}/export"))
         return {name: export for name, (_, export) in nearest.items()}
 
@@ -190,7 +191,7 @@ def main() -> None:
         for name, (both, _, stage2) in students.items()
     }
     done = search.best(2, second)
-    print(markdown(["student", "stage", "options", "cosine on caltech101"], search.rows))
+    print(markdown(["student", "stage", "options", "cosine on caltech101 before", "after"], search.rows))
     exports: dict[str, Path | None] = {"softmax teacher": None}
     exports |= {f"{name}, stage 1": export for name, export in aligned.items()} | done
 
