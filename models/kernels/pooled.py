@@ -11,8 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import DTYPES, MAX_HEAD_DIM, _like, _rows, _shares, _strides
 
-PATCHES = 32  # of a block, of one cell or of several
-KEYS = 128  # of a block
+PATCHES = 32  # of a block
+KEYS = 128  # of a block, where it holds all
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -204,18 +204,18 @@ def _far_backward_flops(dy: tuple, dtotal: tuple, q_shape: tuple, keys_shape: tu
 def pool_constants(K: int, cells: int, size: int) -> dict[str, int]:
     """Sizes of blocks, warps, for cells of `size` patches. Not tuned on a GPU yet."""
     BM = min(PATCHES, 1 << (size - 1).bit_length())
-    BC = max(1, min(PATCHES // BM, 1 << (cells * cells - 1).bit_length()))
+    BC = max(1, min(16 // BM, 1 << (cells * cells - 1).bit_length()))
     BK = max(16, 1 << (K - 1).bit_length())
     return {"K": K, "BK": BK, "BC": BC, "BM": BM, "CELLS": cells, "ONE": size <= BM, "num_warps": 4}
 
 
 def far_constants(K: int, L: int, dtype: torch.dtype, backward: bool) -> tuple[dict[str, int], int]:
-    """Sizes of blocks, warps, and how many blocks the keys make. Not tuned on a GPU yet."""
-    BK = max(32, 1 << (K - 1).bit_length())
-    BL = min(KEYS, max(64, 1 << (L - 1).bit_length()))
-    light = BK <= 64 and dtype != torch.float32
-    BN = 64 if light and not backward else 32
-    how = {"BK": BK, "BN": BN, "BL": BL, "num_warps": 4 if light and not backward else 8, "num_stages": 2}
+    """Sizes of blocks, warps, and how many blocks the keys make. Not tuned on a GPU yet: chosen for registers."""
+    BK, exact = max(32, 1 << (K - 1).bit_length()), dtype == torch.float32
+    light = BK <= 64 and not exact
+    BL = 32 if exact else KEYS if light and 64 < L <= KEYS else 64
+    fast = light and not backward
+    how = {"BK": BK, "BN": 64 if fast else 32, "BL": BL, "num_warps": 4 if fast else 8, "num_stages": 2 - exact}
     return how, -(-L // BL)
 
 

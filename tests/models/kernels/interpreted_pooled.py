@@ -17,21 +17,23 @@ from models.operators import Shape, build_operator
 from models.operators.core import implementation
 from tests.models.kernels.interpreted import FLOATS
 
-# cells, window, images, heads, head dimension, prefix tokens, rows and columns, dtype, most patches, keys of a block
+# cells, window, images, heads, head dimension, prefix tokens, rows and columns, dtype; patches of a block; shares
 CASES = {
-    "as is-fp32": (2, 3, 2, 2, 24, 1, (3, 4), "fp32", 32, 128),
-    "absent cells-fp32": (4, 3, 1, 2, 16, 5, (5, 6), "fp32", 32, 128),
-    "patches in blocks-fp32": (2, 1, 1, 1, 80, 0, (7, 5), "fp32", 4, 128),
-    "keys in blocks-fp32": (9, 1, 1, 1, 16, 1, (9, 10), "fp32", 32, 64),
-    "shares-fp32": (3, 3, 1, 1, 16, 0, (12, 13), "fp32", 32, 128),
-    "shares-bf16": (3, 3, 1, 2, 64, 5, (9, 17), "bf16", 8, 128),
-    "keys in blocks-bf16": (9, 1, 1, 1, 64, 1, (9, 15), "bf16", 32, 64),
+    "as is-fp32": (2, 3, 2, 2, 24, 1, (3, 4), "fp32", 32, 1),
+    "absent cells-fp32": (4, 1, 1, 2, 16, 5, (5, 6), "fp32", 32, 1),
+    "patches in blocks-fp32": (2, 1, 1, 1, 80, 0, (7, 5), "fp32", 4, 1),
+    "keys in blocks-fp32": (9, 1, 1, 1, 16, 1, (9, 5), "fp32", 32, 2),
+    "shares-fp32": (3, 1, 1, 1, 16, 0, (5, 13), "fp32", 32, 3),
+    "shares-bf16": (3, 1, 1, 2, 64, 5, (4, 17), "bf16", 4, 2),
+    "many keys-bf16": (9, 1, 1, 1, 64, 1, (5, 9), "bf16", 32, 1),
+    "keys in blocks-bf16": (9, 1, 1, 1, 72, 1, (5, 9), "bf16", 32, 2),
 }
 
 
 def outcome(case, how):
     """Output and the derivative by q, k and v."""
-    cells, window, B, H, K, prefix, grid, floats, pooled.PATCHES, pooled.KEYS = CASES[case]
+    cells, window, B, H, K, prefix, grid, floats, pooled.PATCHES, shares = CASES[case]
+    pooled._shares = lambda heads, tokens: shares
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float64 if how == "torch" else FLOATS[floats]
     op = build_operator("pooled", Shape(H * K, H, K, prefix), {"cells": cells, "window": window})
@@ -46,15 +48,14 @@ def outcome(case, how):
 
 
 def compared(case):
-    truth, ours, again = outcome(case, "torch"), outcome(case, "triton"), outcome(case, "triton")
-    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    truth, ours = outcome(case, "torch"), outcome(case, "triton")
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True)]
 
 
 def as_torch_sees_it():
     """Registered as torch wants it; compiled and exported: the differences to torch's products; FLOPs."""
     generator, grid = torch.Generator().manual_seed(1), (2, 3)
-    pooled.PATCHES, pooled.KEYS = 32, 128
+    pooled.PATCHES, pooled._shares = 32, lambda heads, tokens: 2
 
     def drawn(*shape):
         return torch.randn(shape, generator=generator).requires_grad_()
