@@ -34,9 +34,9 @@ from models.kernels import (
 PASSES = {"forward": ("first", "second"), "backward": ("both", "first", "second")}
 KERNELS = [(name, passes) for name, of_it in PASSES.items() for passes in of_it]
 ARCHITECTURES = (80, 90)
-FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map", "taps", "dtaps", "logit",
-        "bias", "total", "dlogit", "dbias", "along", "about", "pooled", "keys", "values", "shifts", "parts", "dtotal",
-        "dabout", "dpooled", "dkeys", "dvalues", "dshifts", "dparts"}  # fmt: skip
+FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map", "taps", "dtaps",
+        "logit", "bias", "total", "dlogit", "dbias", "along", "about", "pooled", "keys", "values", "shifts", "parts",
+        "dtotal", "dabout", "dpooled", "dkeys", "dvalues", "dshifts", "dparts"}  # fmt: skip
 INTEGERS = {"rows", "columns", "prefix", "strips", "units", "per"}
 OPTIONS = {"num_warps", "num_stages"}
 

@@ -202,10 +202,10 @@ def _far_backward_flops(dy: tuple, dtotal: tuple, q_shape: tuple, keys_shape: tu
 
 
 def pool_constants(K: int, cells: int, size: int) -> dict[str, int]:
-    """Sizes of blocks, warps, for cells of `size` patches. Not tuned on a GPU yet."""
-    BM = min(PATCHES, 1 << (size - 1).bit_length())
-    BC = max(1, min(16 // BM, 1 << (cells * cells - 1).bit_length()))
+    """Sizes of blocks, warps, for cells of `size` patches. Not tuned on a GPU yet: chosen for registers."""
+    BM = min(PATCHES, max(2, 1 << (size - 1).bit_length()))  # with 1 the compiler spills
     BK = max(16, 1 << (K - 1).bit_length())
+    BC = max(1, min(1024 // BK // BM, 1 << (cells * cells - 1).bit_length()))
     return {"K": K, "BK": BK, "BC": BC, "BM": BM, "CELLS": cells, "ONE": size <= BM, "num_warps": 4}
 
 
