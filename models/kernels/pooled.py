@@ -106,8 +106,8 @@ def _pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _pool_gradients(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
-    _, v, about, *_ = ctx.saved_tensors
-    dk, dv, dabout = torch.ops.unsoftmax.pool_backward(*d, *ctx.saved_tensors, *ctx.place)
+    _, v, about, *_ = saved = ctx.saved_tensors
+    dk, dv, dabout = torch.ops.unsoftmax.pool_backward(*d, *saved, *ctx.place)
     dabout = dabout.sum(2, keepdim=True) if about.shape[2] == 1 else dabout
     return dk, None if v is None else dv, dabout, None, None, None
 
