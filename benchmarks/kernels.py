@@ -21,13 +21,23 @@ from triton.compiler import ASTSource
 
 from benchmarks.common import markdown
 from models import kernels
-from models.kernels import convolution, neighborhood, triton_attention, triton_convolution, triton_neighborhood
+from models.kernels import (
+    convolution,
+    neighborhood,
+    pooled,
+    triton_attention,
+    triton_convolution,
+    triton_neighborhood,
+    triton_pooled,
+)
 
 PASSES = {"forward": ("first", "second"), "backward": ("both", "first", "second")}
 KERNELS = [(name, passes) for name, of_it in PASSES.items() for passes in of_it]
 ARCHITECTURES = (80, 90)
-FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map"}
-INTEGERS = {"H", "N", "SHARES", "PARTS"}
+FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map", "taps", "dtaps",
+        "logit", "bias", "total", "dlogit", "dbias", "along", "about", "pooled", "keys", "values", "shifts", "parts",
+        "dtotal", "dabout", "dpooled", "dkeys", "dvalues", "dshifts", "dparts"}  # fmt: skip
+INTEGERS = {"rows", "columns", "prefix", "strips", "units", "per"}
 OPTIONS = {"num_warps", "num_stages"}
 
 
@@ -39,74 +49,71 @@ def compile_ahead(
     kind, _, power = kind.partition("-")
     floats = torch.bfloat16 if dtype == "bf16" else torch.float32
     how = kernels.constants(kind, int(power or 0), head_dim, floats, name == "backward", passes.upper())
-    constants = {key: value for key, value in how.items() if key not in OPTIONS}
-    constants |= {"MAP": getattr(triton_attention, kind), "POWER": int(power or 0), "K": head_dim}
+    constants = {"MAP": getattr(triton_attention, kind), "POWER": int(power or 0), "K": head_dim}
     constants |= {"PASSES": getattr(triton_attention, passes.upper())}
     constants |= {"SHARES": 1, "PARTS": 1} if passes == "both" else {}
     taken = {"FOCUSED": {"power"} - ({"power"} if power else set()), "EXP": {"shift"}, "HEDGEHOG": {"q_map", "k_map"}}
     constants |= dict.fromkeys({"power", "shift", "q_map", "k_map"} - taken.get(kind, set()))
-    signature, attributes = {}, {}
-    for i, key in enumerate(kernel.arg_names):
-        if key in constants:
-            signature[key] = "constexpr"
-        elif key == "scale":
-            signature[key] = "fp32"
-        elif key in INTEGERS or key.lstrip("dqkvyo") in ("B", "H", "N"):
-            signature[key] = "i32"
-            if key not in INTEGERS:
-                attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
-        else:
-            signature[key] = f"*{'fp32' if key in FP32 else dtype}"
-            attributes[i,] = [["tt.divisibility", 16]]
-    return measured(kernel, signature, constants, attributes, {key: how[key] for key in OPTIONS}, capability)
+    return measured(kernel, how | constants, head_dim, capability, dtype)
 
 
 def convolution_ahead(name: str, size: int, head_dim: int, capability: int) -> dict[str, Any]:
     """As `compile_ahead`, of the convolution in bf16 over 16 heads."""
-    kernel = getattr(triton_convolution, f"{name}_kernel")
     how, _, _ = convolution.constants(size * size, 16 * head_dim, rows=16)
-    constants = {key: value for key, value in how.items() if key not in OPTIONS} | {"K": head_dim, "D": 16 * head_dim}
-    constants |= {"BASE": triton_convolution.OTHER, "TURNED": False, "parts": 1} if name == "convolution" else {}
-    signature, attributes = {}, {}
-    for i, key in enumerate(kernel.arg_names):
-        if key in constants:
-            signature[key] = "constexpr"
-        elif key in ("v", "base", "out", "dy", "taps", "dtaps"):
-            signature[key] = "*fp32" if "taps" in key else "*bf16"
-            attributes[i,] = [["tt.divisibility", 16]]
-        else:
-            signature[key] = "i32"
-            if key[1:] in ("B", "H", "N"):
-                attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
-    return measured(kernel, signature, constants, attributes, {key: how[key] for key in OPTIONS}, capability)
+    how |= {"K": head_dim, "D": 16 * head_dim}
+    how |= {"BASE": triton_convolution.OTHER, "TURNED": False, "parts": 1} if name == "convolution" else {}
+    return measured(getattr(triton_convolution, f"{name}_kernel"), how, head_dim, capability)
 
 
 def neighborhood_ahead(name: str, size: int, less: bool, head_dim: int, capability: int) -> dict[str, Any]:
     """As `compile_ahead`, of neighborhood attention in bf16; with `less`, as `pooled` takes it."""
-    kernel = getattr(triton_neighborhood, f"{name}_kernel")
     how = neighborhood.constants(head_dim, size, less)
+    return measured(getattr(triton_neighborhood, f"{name}_kernel"), how, head_dim, capability)
+
+
+def pooled_kernels(cells: int, head_dim: int) -> list[tuple[str, str]]:
+    """The kernels of `pooled` in bf16, and their passes."""
+    _, blocks = pooled.far_constants(head_dim, cells**2 + 1, torch.bfloat16, backward=True)
+    passes = ["both"] if blocks == 1 else ["queries", "keys"]
+    return [*((name, "all") for name in ("pool", "pool_backward", "far")), *(("far_backward", x) for x in passes)]
+
+
+def pooled_ahead(name: str, passes: str, cells: int, head_dim: int, capability: int) -> dict[str, Any]:
+    """As `compile_ahead`, of `pooled` in bf16 over a grid of 32 x 32 and one prefix token."""
+    backward = name.endswith("backward")
+    if name.startswith("pool"):
+        how = pooled.pool_constants(head_dim, cells, (-(-32 // cells)) ** 2) | {"VALUES": True}
+    else:
+        how, blocks = pooled.far_constants(head_dim, cells**2 + 1, torch.bfloat16, backward)
+        how |= {"QUERIES": passes != "keys", "KEYS": passes != "queries"} if backward else {"ONE": blocks == 1}
+    return measured(getattr(triton_pooled, f"{name}_kernel"), how | {"K": head_dim}, head_dim, capability)
+
+
+def measured(kernel: Any, how: dict[str, Any], head_dim: int, capability: int, dtype: str = "bf16") -> dict[str, Any]:
+    """Registers per thread, bytes of spills and of shared memory of a kernel.
+
+    Args:
+        how: its constants, and `OPTIONS` of the compiler.
+        dtype: of tensors that are not of `FP32`.
+    """
     constants = {key: value for key, value in how.items() if key not in OPTIONS}
     signature, attributes = {}, {}
     for i, key in enumerate(kernel.arg_names):
+        stride = key[-1] in "BHN" and key[:-1].islower()
         if key in constants:
             signature[key] = "constexpr"
         elif key == "scale":
             signature[key] = "fp32"
-        elif key in ("rows", "columns", "H") or key[-1] in "BHN":
+        elif stride or key.isupper() or key in INTEGERS:
             signature[key] = "i32"
-            if key not in ("rows", "columns", "H"):
-                attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
         else:
-            signature[key] = "*fp32" if key in ("logit", "bias", "total", "dlogit", "dbias", "along") else "*bf16"
+            signature[key] = f"*{'fp32' if key in FP32 else dtype}"
+        if stride:
+            attributes[i,] = [["tt.divisibility", 16 if head_dim % 16 == 0 else 8]]
+        elif signature[key].startswith("*"):
             attributes[i,] = [["tt.divisibility", 16]]
-    return measured(kernel, signature, constants, attributes, {"num_warps": how["num_warps"]}, capability)
-
-
-def measured(
-    kernel: Any, signature: dict, constants: dict, attributes: dict, options: dict, capability: int
-) -> dict[str, Any]:
-    """Registers per thread, bytes of spills and of shared memory."""
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {key: how[key] for key in OPTIONS & set(how)}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -134,6 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--windows", type=int, nargs="*", default=(3, 5), help="of neighborhood attention, alone and in `pooled`"
     )
+    parser.add_argument("--cells", type=int, nargs="*", default=(2, 8, 32), help="of a side, of `pooled`")
     parser.add_argument("--for", dest="capabilities", type=int, nargs="+", default=ARCHITECTURES, metavar="SM")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args()
@@ -160,6 +168,13 @@ def main() -> None:
         for size in args.windows
         for kind, less in (("window", False), ("pooled", True))
         for name in ("forward", "by_queries", "by_keys")
+    }
+    found |= {
+        (name, passes, f"cells {cells}", head_dim, capability): pooled_ahead(name, passes, cells, head_dim, capability)
+        for capability in args.capabilities
+        for head_dim in args.head_dims
+        for cells in args.cells
+        for name, passes in pooled_kernels(cells, head_dim)
     }
     if args.json:
         print(json.dumps({"-".join(map(str, key)): values for key, values in found.items()}))

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .core import Operator, Shape, wide, without_autocast
+from ..kernels import pooled as kernels
+from .core import Operator, Shape, counted, preferred, wide, without_autocast
 from .feature_maps import check_number
 from .mhla import by_cell, by_token
 from .neighborhood import exactly, factor, near, times
@@ -62,23 +63,58 @@ def pooled_attention(
 
 
 def _pooled(q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], sides: tuple[int, int, int]) -> Tensor:
-    scale, (cells, window, landmarks) = q.shape[-1] ** -0.5, sides
+    cells, window, landmarks = sides
     near_q, near_k, near_v = q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:]
     first_k, first_v = wide(k[:, :, :prefix]), wide(v[:, :, :prefix])
-    keys, values = by_cell(wide(near_k), grid, cells), by_cell(wide(near_v), grid, cells)
-    there = by_cell(torch.ones_like(near_k[:1, :1, :, :1]), grid, cells).squeeze(-1) > 0
+    pooled, values, shifts, parts = cells_of(near_q, near_k, near_v, first_k, grid, cells, landmarks)
+    size = -(-grid[0] // cells) * -(-grid[1] // cells)
+    bias = parts + by_token(shifts[..., None, None].expand(-1, -1, -1, size, -1), grid, cells).squeeze(-1)
+    known = by_token(pooled.unsqueeze(-2).expand(-1, -1, -1, size, -1), grid, cells).to(v.dtype)
 
-    pooled, shifts, _ = expanded(keys, there, wide(near_q).mean(2, keepdim=True))
-    pooled, shifts, parts = expanded(keys, there, readers(wide(near_q), first_k, pooled, shifts, grid, landmarks))
-    bias = by_token((parts + shifts.unsqueeze(-1)).unsqueeze(-1), grid, cells)
-    known = by_token(pooled.unsqueeze(-2).expand(-1, -1, -1, keys.shape[3], -1), grid, cells).to(v.dtype)
+    pooled, values = torch.cat([first_k, pooled], 2), torch.cat([first_v, values], 2)
+    far, logits = attended(near_q, pooled, values, torch.cat([torch.zeros_like(first_k[..., 0]), shifts], -1), v)
+    patches = near(near_q, near_k, near_v, far, logits, window, grid, known, bias.unsqueeze(-1))
+    return exactly(q, k, v, patches, prefix)
 
-    values = torch.cat([first_v, (parts.exp().unsqueeze(-1) * values).sum(-2)], 2)
-    pooled, shifts = torch.cat([first_k, pooled], 2), torch.cat([torch.zeros_like(first_k[..., 0]), shifts], -1)
-    logits = times(factor(near_q, v), factor(pooled, v).transpose(-2, -1)) * scale + shifts.unsqueeze(-2)
-    far = times(factor(logits.softmax(-1), v), factor(values, v)).to(v.dtype)
-    logits = logits.logsumexp(-1, keepdim=True)
-    return exactly(q, k, v, near(near_q, near_k, near_v, far, logits, window, grid, known, bias), prefix)
+
+def cells_of(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, grid: tuple[int, int], cells: int, landmarks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k_c, v_c, what is added to q k_c^T / sqrt(K) for a logit, and log a_n of each patch. See `Pooled`.
+
+    Args:
+        q, k, v: of patches, [B, H, rows * columns, K].
+        first: keys of the prefix tokens, at least fp32.
+
+    Returns:
+        [B, H, cells, K] twice, [B, H, cells], [B, H, rows * columns], at least fp32.
+    """
+    mean = wide(q).mean(2, keepdim=True)
+    if not torch.jit.is_scripting():
+        if kernels_serve(q, k, v):
+            pooled, _, shifts, _ = kernels.pool(k, None, mean, cells, grid)
+            return kernels.pool(k, v, readers(wide(q), first, pooled, shifts, grid, landmarks), cells, grid)
+    keys, values = by_cell(wide(k), grid, cells), by_cell(wide(v), grid, cells)
+    there = by_cell(torch.ones_like(k[:1, :1, :, :1]), grid, cells).squeeze(-1) > 0
+    pooled, shifts, _ = expanded(keys, there, mean)
+    pooled, shifts, parts = expanded(keys, there, readers(wide(q), first, pooled, shifts, grid, landmarks))
+    values = (parts.exp().unsqueeze(-1) * values).sum(-2)
+    return pooled, values, shifts, by_token(parts.unsqueeze(-1), grid, cells).squeeze(-1)
+
+
+def attended(q: Tensor, keys: Tensor, values: Tensor, shifts: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention to `keys`, like v, and the logarithm of its normaliser, [B, H, rows * columns, 1]."""
+    if not torch.jit.is_scripting():
+        if kernels_serve(q, v, v):
+            out, total = kernels.far(q, keys, values, shifts)
+            return out, total.unsqueeze(-1)
+    logits = times(factor(q, v), factor(keys, v).transpose(-2, -1)) * q.shape[-1] ** -0.5 + shifts.unsqueeze(-2)
+    return times(factor(logits.softmax(-1), v), factor(values, v)).to(v.dtype), logits.logsumexp(-1, keepdim=True)
+
+
+def kernels_serve(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether kernels take the place of torch's products, which what is counted keeps."""
+    return preferred(v) == "triton" and not counted(v) and kernels.serves(q, k, v)
 
 
 def expanded(keys: Tensor, there: Tensor, about: Tensor, nothing: float = NOTHING) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ def test_forward_and_backward_are_the_formula():
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_builds_ahead_of_time(capability):
-    how = f"--json --maps ELU1 HEDGEHOG --head_dims 64 --sizes --windows --for {capability}"
+    how = f"--json --maps ELU1 HEDGEHOG --head_dims 64 --sizes --windows --cells --for {capability}"
     found = said("benchmarks.kernels", *how.split())
     assert len(found) == 10
     for name, built in found.items():
