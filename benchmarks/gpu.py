@@ -16,6 +16,7 @@ Figures are medians. Without a GPU all of it runs in torch's own products, which
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from models.operators.core import implementation
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16
-OPERATORS = ("elu1", "focused", "focused_learned", "hedgehog")
+OPERATORS = ("elu1", "focused", "focused_learned", "hedgehog", "pooled")
 
 
 def wait() -> None:
@@ -97,18 +98,19 @@ def compared(taken: dict[str, list[float]], place: str, least_bytes: list[int], 
 
 
 def attention_table(shapes: list[tuple[int, int, int, int]], rate: float, least: float) -> str:
-    """Of every operator and peer, for shapes B, N, H, K; a copy moves `rate` bytes per second."""
+    """Of every operator and peer, for shapes B, N, H, K, N a square and one more; a copy moves `rate` bytes per second."""
     rows = []
     for B, N, H, K in shapes:
         qkv = torch.randn(B, N, 3, H, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
         least_bytes = [qkv.numel() // 3 * qkv.element_size() * n for n in (4, 7)]
+        grid = (math.isqrt(N - 1),) * 2  # behind a class token
         calls: dict[str, tuple[str, Callable]] = {"softmax, SDPA": ("torch", F.scaled_dot_product_attention)}
         if shapes[0] == (B, N, H, K) and (peer := elu1_peer()):  # it tunes itself for minutes for each length
             calls["elu1, flash-bidirectional-linear-attention"] = ("torch", peer)
         for name in OPERATORS:
-            op = build_operator(name, Shape(H * K, H, K)).to(DEVICE)
+            op = build_operator(name, Shape(H * K, H, K, 1)).to(DEVICE)
             for how in ("triton", "torch") if CUDA else ("torch",):
-                calls[f"{name}, {how}"] = (how, lambda q, k, v, op=op: op(q, k, v, q, (0, 0)))
+                calls[f"{name}, {how}"] = (how, lambda q, k, v, op=op: op(q, k, v, q, grid))
         taken = {}
         for name, (how, call) in calls.items():
             with implementation(how):
