@@ -98,7 +98,7 @@ def compared(taken: dict[str, list[float]], place: str, least_bytes: list[int], 
 
 
 def attention_table(shapes: list[tuple[int, int, int, int]], rate: float, least: float) -> str:
-    """Of every operator and peer, for shapes B, N, H, K, N a square and one more; a copy moves `rate` bytes per second."""
+    """Of every operator and peer, for shapes B, N, H, K, N a square + 1; a copy moves `rate` bytes per second."""
     rows = []
     for B, N, H, K in shapes:
         qkv = torch.randn(B, N, 3, H, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
@@ -110,7 +110,7 @@ def attention_table(shapes: list[tuple[int, int, int, int]], rate: float, least:
         for name in OPERATORS:
             op = build_operator(name, Shape(H * K, H, K, 1)).to(DEVICE)
             for how in ("triton", "torch") if CUDA else ("torch",):
-                calls[f"{name}, {how}"] = (how, lambda q, k, v, op=op: op(q, k, v, q, grid))
+                calls[f"{name}, {how}"] = (how, lambda q, k, v, op=op, grid=grid: op(q, k, v, q, grid))
         taken = {}
         for name, (how, call) in calls.items():
             with implementation(how):
