@@ -67,6 +67,8 @@ def recipes() -> dict[str, Recipe]:
     slower = options("train", lr=5e-4) + options("stage2", blocks=[0, 1, 2, 3])
     for name in ("elu1", "focused, power 8", "focused, power 8 + value_conv5"):
         found[f"{name}, batches of 32, all blocks"] = Recipe("rate", found[name].student, halves, halves + slower)
+    rate = options("train", lr=5e-4)  # a copy of the teacher is near to it already
+    found["pooled, 5e-4"] = Recipe("rate", options("student", operator="pooled"), rate, rate)
     for factor in (3, 10):
         rate = options("train", lr_new=factor)
         found[f"hedgehog, new at {factor} x lr"] = Recipe("rate", options("student", operator="hedgehog"), rate, rate)
