@@ -79,7 +79,7 @@ def test_the_examples(small: Path, photos: Path, tmp_path: Path, forked: None, m
     export = tmp_path / "run/stage3/export"
     card = (export / "README.md").read_text()
     assert str(tmp_path) not in card + (export / "config.json").read_text()
-    assert all(said in card for said in ("top-1 (%)", "on the validation images of `photos`", "`focused`")), card
+    assert all(said in card for said in ("top-1 (%)", "on the validation images of `photos`", "`pooled`")), card
     assert "--stage=3 --teacher.name=vit_tiny_patch16_224 --run=run --data.train=photos" in card
 
     example("pipeline", export, photos, "--epochs", 2, monkeypatch=monkeypatch)
