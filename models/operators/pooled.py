@@ -89,15 +89,16 @@ def cells_of(
     Returns:
         [B, H, cells, K] twice, [B, H, cells], [B, H, rows * columns], at least fp32.
     """
-    mean = wide(q).mean(2, keepdim=True)
+    wide_q = wide(q)
+    mean = wide_q.mean(2, keepdim=True)
     if not torch.jit.is_scripting():
         if kernels_serve(q, k, v):
             pooled, _, shifts, _ = kernels.pool(k, None, mean, cells, grid)
-            return kernels.pool(k, v, readers(wide(q), first, pooled, shifts, grid, landmarks), cells, grid)
+            return kernels.pool(k, v, readers(wide_q, first, pooled, shifts, grid, landmarks), cells, grid)
     keys, values = by_cell(wide(k), grid, cells), by_cell(wide(v), grid, cells)
     there = by_cell(torch.ones_like(k[:1, :1, :, :1]), grid, cells).squeeze(-1) > 0
     pooled, shifts, _ = expanded(keys, there, mean)
-    pooled, shifts, parts = expanded(keys, there, readers(wide(q), first, pooled, shifts, grid, landmarks))
+    pooled, shifts, parts = expanded(keys, there, readers(wide_q, first, pooled, shifts, grid, landmarks))
     values = (parts.exp().unsqueeze(-1) * values).sum(-2)
     return pooled, values, shifts, by_token(parts.unsqueeze(-1), grid, cells).squeeze(-1)
 

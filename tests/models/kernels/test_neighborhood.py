@@ -19,8 +19,9 @@ def test_forward_and_backward_are_those_of_torch():
     assert sorted(as_torch_sees_it["flops"]) == [2 * 2 * 6 * 4 * (2 * 9 + 1), 2 * 2 * 6 * 4 * (4 * 9 + 3)]
     for case, of in found.items():
         assert max(of["errors"]) < (1e-5 if "fp32" in case else 2e-2), (case, of)
-        size = int(case.split("-")[-2])  # a window's keys are asked for at each of its places; caches hold them
-        assert all(1 < times < size**2 for times in of["bytes"]), (case, of)
+        forward, both = of["bytes"]  # a window's keys are asked for at each of its places; caches hold them
+        most = 6 if case.startswith("pooled") else 4  # known keys too, and what the kernels of cells ask for
+        assert 1 < forward < most and 1 < both < most, (case, of)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
