@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 90)
 FP32 = {"power", "shift", "sums", "norm", "dnorm", "dsums", "dpower", "dmap", "q_map", "k_map", "taps", "dtaps",
         "logit", "bias", "total", "dlogit", "dbias", "along", "about", "pooled", "keys", "values", "shifts", "parts",
         "dtotal", "dabout", "dpooled", "dkeys", "dvalues", "dshifts", "dparts"}  # fmt: skip
-INTEGERS = {"rows", "columns", "prefix", "strips", "units", "per"}
+INTEGERS = {"rows", "columns", "height", "width", "prefix", "strips", "units", "per"}
 OPTIONS = {"num_warps", "num_stages"}
 
 
@@ -66,8 +66,8 @@ def convolution_ahead(name: str, size: int, head_dim: int, capability: int) -> d
 
 
 def neighborhood_ahead(name: str, size: int, less: bool, head_dim: int, capability: int) -> dict[str, Any]:
-    """As `compile_ahead`, of neighborhood attention in bf16; with `less`, as `pooled` takes it."""
-    how = neighborhood.constants(head_dim, size, less)
+    """As `compile_ahead`, of neighborhood attention in bf16; with `less`, as `pooled` takes it with larger cells."""
+    how = neighborhood.constants(head_dim, size, 2 * less)
     return measured(getattr(triton_neighborhood, f"{name}_kernel"), how, head_dim, capability)
 
 
@@ -82,7 +82,7 @@ def pooled_ahead(name: str, passes: str, cells: int, head_dim: int, capability: 
     """As `compile_ahead`, of `pooled` in bf16 over a grid of 32 x 32 and one prefix token."""
     backward = name.endswith("backward")
     if name.startswith("pool"):
-        how = pooled.pool_constants(head_dim, cells, (-(-32 // cells)) ** 2) | {"VALUES": True}
+        how = pooled.pool_constants(head_dim, cells, (-(-32 // cells)) ** 2)
     else:
         how, blocks = pooled.far_constants(head_dim, cells**2 + 1, torch.bfloat16, backward)
         how |= {"QUERIES": passes != "keys", "KEYS": passes != "queries"} if backward else {"ONE": blocks == 1}

@@ -22,13 +22,13 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def pool(
-    k: Tensor, v: Tensor | None, about: Tensor, cells: int, grid: tuple[int, int]
+    k: Tensor, v: Tensor, about: Tensor, cells: int, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cells of patches for a query near `about`; see `models.operators.pooled.expanded`. `serves` must hold of k and v.
+    """Cells of patches, each for a query near `about`: see `models.operators.pooled`. `serves` must hold of k and v.
 
     Args:
-        k, v: of patches, [B, H, N, K], N = rows x columns, any strides. Without v, values are empty.
-        about: in fp32, [B, H, cells^2 or 1, K].
+        k, v: of patches, [B, H, N, K], N = rows x columns, any strides.
+        about: in fp32, [B, H, cells^2, K].
 
     Returns:
         In fp32, keys and values [B, H, cells^2, K], what is added to logits [B, H, cells^2], and each patch's log a_n
@@ -53,49 +53,46 @@ def far(q: Tensor, keys: Tensor, values: Tensor, shifts: Tensor) -> tuple[Tensor
 
 @torch.library.custom_op("unsoftmax::pool", mutates_args=())
 def _pool(
-    k: Tensor, v: Tensor | None, about: Tensor, cells: int, rows: int, columns: int
+    k: Tensor, v: Tensor, about: Tensor, cells: int, rows: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `pool`."""
     from . import triton_pooled as kernels
 
-    v_, outputs = k if v is None else v, _pool_outputs(k, v, cells)
-    k, v_, about = _rows(k), _rows(v_), _each(about, cells)
-    programs, how = _cells_launch(k, cells, rows, columns)
+    k, v, about = map(_rows, (k, v, about))
+    outputs, (programs, how) = _pool_outputs(k, cells), _cells_launch(k, cells, rows, columns)
     kernels.pool_kernel[programs](
-        k, v_, about, *outputs, rows, columns, k.shape[1], k.shape[-1] ** -0.5, *_strides(k, v_, about),
-        **how, VALUES=v is not None,
-    )  # fmt: skip
+        k, v, about, *outputs, rows, columns, k.shape[1], k.shape[-1] ** -0.5, *_strides(k, v, about), **how
+    )
     return outputs
 
 
 @_pool.register_fake
 def _(k, v, about, cells, rows, columns):
-    return _pool_outputs(k, v, cells)
+    return _pool_outputs(k, cells)
 
 
 @torch.library.custom_op("unsoftmax::pool_backward", mutates_args=())
 def _pool_backward(
-    dpooled: Tensor, dvalues: Tensor, dshifts: Tensor, dparts: Tensor, k: Tensor, v: Tensor | None, about: Tensor,
+    dpooled: Tensor, dvalues: Tensor, dshifts: Tensor, dparts: Tensor, k: Tensor, v: Tensor, about: Tensor,
     pooled: Tensor, values: Tensor, parts: Tensor, cells: int, rows: int, columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Derivatives by k and v [B, H, N, K], of which the latter is empty without v, and by each cell's m_c."""
+    """Derivatives by k and v [B, H, N, K], and by each cell's m_c."""
     from . import triton_pooled as kernels
 
-    dk, dv, dabout = derivatives = _pool_derivatives(k, v, cells)
-    v_, dvalues, dv = (k, dpooled, dk) if v is None else (v, dvalues, dv)
-    k, v_, dpooled, dvalues, about = _rows(k), _rows(v_), _rows(dpooled), _rows(dvalues), _each(about, cells)
+    dk, dv, dabout = derivatives = _like(k), _like(v), torch.empty_like(pooled)
+    k, v, dpooled, dvalues, about = map(_rows, (k, v, dpooled, dvalues, about))
     programs, how = _cells_launch(k, cells, rows, columns)
     kernels.pool_backward_kernel[programs](
-        dpooled, dvalues, dshifts.contiguous(), dparts.contiguous(), k, v_, about, pooled, values, parts, dk, dv,
+        dpooled, dvalues, dshifts.contiguous(), dparts.contiguous(), k, v, about, pooled, values, parts, dk, dv,
         dabout, rows, columns, k.shape[1], k.shape[-1] ** -0.5,
-        *_strides(dpooled, dvalues, k, v_, about, dk, dv), **how, VALUES=v is not None,
+        *_strides(dpooled, dvalues, k, v, about, dk, dv), **how,
     )  # fmt: skip
     return derivatives
 
 
 @_pool_backward.register_fake
 def _(dpooled, dvalues, dshifts, dparts, k, v, about, pooled, values, parts, cells, rows, columns):
-    return _pool_derivatives(k, v, cells)
+    return _like(k), _like(v), torch.empty_like(pooled)
 
 
 def _pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -106,10 +103,7 @@ def _pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _pool_gradients(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
-    _, v, about, *_ = saved = ctx.saved_tensors
-    dk, dv, dabout = torch.ops.unsoftmax.pool_backward(*d, *saved, *ctx.place)
-    dabout = dabout.sum(2, keepdim=True) if about.shape[2] == 1 else dabout
-    return dk, None if v is None else dv, dabout, None, None, None
+    return *torch.ops.unsoftmax.pool_backward(*d, *ctx.saved_tensors, *ctx.place), None, None, None
 
 
 _pool.register_autograd(_pool_gradients, setup_context=_pool_setup)
@@ -179,15 +173,16 @@ _far.register_autograd(_far_gradients, setup_context=_far_setup)
 
 
 @register_flop_formula(torch.ops.unsoftmax.pool)
-def _pool_flops(k_shape: tuple, v_shape: tuple | None, *_: Any, **__: Any) -> int:
+def _pool_flops(k_shape: tuple, *_: Any, **__: Any) -> int:
     B, H, N, K = k_shape
-    return 2 * B * H * N * K * (2 if v_shape is None else 3)
+    return 2 * B * H * N * K * 3
 
 
 @register_flop_formula(torch.ops.unsoftmax.pool_backward)
-def _pool_backward_flops(dpooled: tuple, dvalues: tuple, dshifts: tuple, dparts: tuple, k: tuple, v: tuple | None,
-                         *_: Any, **__: Any) -> int:  # fmt: skip
-    return 2 * _pool_flops(k, v)
+def _pool_backward_flops(
+    dpooled: tuple, dvalues: tuple, dshifts: tuple, dparts: tuple, k: tuple, *_: Any, **__: Any
+) -> int:
+    return 2 * _pool_flops(k)
 
 
 @register_flop_formula(torch.ops.unsoftmax.far)
@@ -226,22 +221,11 @@ def _cells_launch(k: Tensor, cells: int, rows: int, columns: int) -> tuple[tuple
     return (B * H, -(-(cells**2) // how["BC"])), how
 
 
-def _each(about: Tensor, cells: int) -> Tensor:
-    """m_c of each cell; one for all of them is not copied."""
-    return _rows(about).expand(-1, -1, cells**2, -1)
-
-
-def _pool_outputs(k: Tensor, v: Tensor | None, cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pool_outputs(k: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, K = k.shape
-    new = {"device": k.device, "dtype": torch.float32}
-    pooled, shifts, parts = (torch.empty(*shape, **new) for shape in ((B, H, cells**2, K), (B, H, cells**2), (B, H, N)))
-    return pooled, torch.empty_like(pooled) if v is not None else pooled.new_empty(0), shifts, parts
-
-
-def _pool_derivatives(k: Tensor, v: Tensor | None, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, _, K = k.shape
-    dabout = k.new_empty(B, H, cells**2, K, dtype=torch.float32)
-    return _like(k), k.new_empty(0) if v is None else _like(v), dabout
+    shapes = (B, H, cells**2, K), (B, H, cells**2, K), (B, H, cells**2), (B, H, N)
+    pooled, values, shifts, parts = (k.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return pooled, values, shifts, parts
 
 
 def _far_outputs(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,15 @@
 A program has one head of BC patches that lie side by side in a row of the grid. It takes the keys of its windows one
 place of the window after the other, from caches but for the first time; logits, weights and sums are fp32. A window
 holds a patch when the patch's own window holds its centre, so backward finds a key's queries as a query finds its keys.
+Known keys are the same all over a block of height x width patches, and a window meets at most SPAN x SPAN blocks: 0
+where there are none.
 Derivatives are made from the logarithm of the normaliser, which forward keeps, as in flash attention, arXiv 2205.14135.
 """
 
 import triton
 import triton.language as tl
 
-GRID = ["rows", "columns"]  # one kernel for all grids
+GRID = ["rows", "columns", "height", "width"]  # one kernel for all grids
 LOW = tl.constexpr(-1e38)  # in place of -inf, which has no difference to itself
 
 
@@ -46,17 +48,42 @@ def _store(at, n, stride, there, rows, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _less(queries, known, bias, m, stride, there, K: tl.constexpr, BK: tl.constexpr):
-    """Keys by which a query's own key holds tokens m already, and the logits that they give [BC]."""
-    keys = _load(known, m, stride, there, K, BK)
-    return keys, tl.sum(queries * keys, 1) + tl.load(bias + m, mask=there, other=0.0)
+def _block(y, x, rows, columns, height, width, i, SIZE: tl.constexpr, SPAN: tl.constexpr):
+    """A token [BC] of the i-th block of known keys that the windows around patches [y, x] meet, and which there are."""
+    top, left = tl.maximum(y - SIZE // 2, 0), tl.maximum(x - SIZE // 2, 0)
+    row = tl.maximum((top // height + i // SPAN) * height, top)
+    column = tl.maximum((left // width + i % SPAN) * width, left)
+    there = (x < columns) & (row < rows) & (row <= y + SIZE // 2) & (column < columns) & (column <= x + SIZE // 2)
+    return row * columns + column, there
+
+
+@triton.jit
+def _which(y, x, height, width, I: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, BS: tl.constexpr):
+    """Which block [BC, BS] of `_block` has the I-th place of the windows around patches [y, x]."""
+    top, left = tl.maximum(y - SIZE // 2, 0), tl.maximum(x - SIZE // 2, 0)
+    row = (y + (I // SIZE - SIZE // 2)) // height - top // height
+    column = (x + (I % SIZE - SIZE // 2)) // width - left // width
+    return (row * SPAN + column)[:, None] == tl.arange(0, BS)[None, :]
+
+
+@triton.jit
+def _known(queries, known, stride, y, x, rows, columns, height, width, SIZE: tl.constexpr, SPAN: tl.constexpr,
+           BS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Products [BC, BS] of queries with the known keys of each block that their windows meet."""
+    i = tl.arange(0, BS)[None, :]
+    products = tl.zeros([queries.shape[0], BS], tl.float32)
+    for block in range(SPAN * SPAN):
+        m, there = _block(y, x, rows, columns, height, width, block, SIZE, SPAN)
+        product = tl.sum(queries * _load(known, m, stride, there, K, BK), 1)
+        products = tl.where(i == block, product[:, None], products)
+    return products
 
 
 @triton.jit(do_not_specialize=GRID)
 def forward_kernel(
-    q, k, v, other, logit, known, bias, out, total, rows, columns, H, scale,
+    q, k, v, other, logit, known, bias, out, total, rows, columns, height, width, H, scale,
     qB, qH, qN, kB, kH, kN, vB, vH, vN, otherB, otherH, otherN, lessB, lessH, lessN, outB, outH, outN,
-    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, LESS: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, K] and total [B, H, N], the logarithm of the normaliser; `logit` [B, H, N] is that of `other`."""
     y, x, b, h = _place(columns, H, BC)
@@ -71,13 +98,16 @@ def forward_kernel(
     most = tl.maximum(first, LOW)
     norm = tl.exp(first - most)
     sums = _load(other + b * otherB + h * otherH, n, otherN, mine, K, BK) * norm[:, None]
+    if SPAN:
+        products = _known(queries, known, lessN, y, x, rows, columns, height, width, SIZE, SPAN, BS, K, BK)
     for i in tl.static_range(SIZE * SIZE):
         m, there = _window(y, x, rows, columns, i, SIZE)
         s = tl.where(there, tl.sum(queries * _load(k, m, kN, there, K, BK), 1), float("-inf"))
         larger = tl.maximum(most, s)
         fade, weight = tl.exp(most - larger), tl.exp(s - larger)
-        if LESS:  # no more than `first` gives to all of these
-            _, t = _less(queries, known, bias + one, m, lessN, there, K, BK)
+        if SPAN:  # no more than `first` gives to all of these
+            t = tl.sum(tl.where(_which(y, x, height, width, i, SIZE, SPAN, BS), products, 0.0), 1)
+            t += tl.load(bias + one + m, mask=there, other=0.0)
             weight -= tl.where(there, tl.exp(t - larger), 0.0)
         norm = norm * fade + weight
         sums = sums * fade[:, None] + weight[:, None] * _load(v, m, vN, there, K, BK)
@@ -88,10 +118,11 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=GRID)
 def by_queries_kernel(
-    dy, q, k, v, other, logit, known, bias, out, total, dq, dother, dlogit, along, rows, columns, H, scale,
+    dy, q, k, v, other, logit, known, bias, out, total, dq, dother, dlogit, along,
+    rows, columns, height, width, H, scale,
     yB, yH, yN, qB, qH, qN, kB, kH, kN, vB, vH, vN, otherB, otherH, otherN, lessB, lessH, lessN, outB, outH, outN,
     dqB, dqH, dqN, doB, doH, doN,
-    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, LESS: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Derivatives by queries and by their own keys; along [B, H, N] = dy . out, which `by_keys_kernel` needs."""
     y, x, b, h = _place(columns, H, BC)
@@ -111,24 +142,33 @@ def by_queries_kernel(
     tl.store(dlogit + one + n, weight * (by_value - a), mask=mine)
     _store(dother + b * doB + h * doH, n, doN, mine, weight[:, None] * d, K, BK)
     sums = tl.zeros([BC, BK], tl.float32)
+    if SPAN:
+        products = _known(queries, known, lessN, y, x, rows, columns, height, width, SIZE, SPAN, BS, K, BK)
+        taken = tl.zeros([BC, BS], tl.float32)
     for i in tl.static_range(SIZE * SIZE):
         m, there = _window(y, x, rows, columns, i, SIZE)
         keys = _load(k, m, kN, there, K, BK)
         weight = tl.where(there, tl.exp(tl.sum(queries * keys, 1) - norm), 0.0)
         by_value = tl.sum(d * _load(v, m, vN, there, K, BK), 1)
         sums += (weight * (by_value - a))[:, None] * keys
-        if LESS:
-            keys, t = _less(queries, known, bias + one, m, lessN, there, K, BK)
+        if SPAN:
+            which = _which(y, x, height, width, i, SIZE, SPAN, BS)
+            t = tl.sum(tl.where(which, products, 0.0), 1) + tl.load(bias + one + m, mask=there, other=0.0)
             weight = tl.where(there, tl.exp(t - norm), 0.0)
-            sums -= (weight * (by_value - a))[:, None] * keys
+            taken += tl.where(which, (weight * (by_value - a))[:, None], 0.0)
+    if SPAN:
+        for block in range(SPAN * SPAN):
+            m, there = _block(y, x, rows, columns, height, width, block, SIZE, SPAN)
+            weight = tl.sum(tl.where(tl.arange(0, BS)[None, :] == block, taken, 0.0), 1)
+            sums -= weight[:, None] * _load(known, m, lessN, there, K, BK)
     _store(dq + b * dqB + h * dqH, n, dqN, mine, sums * scale, K, BK)
 
 
 @triton.jit(do_not_specialize=GRID)
 def by_keys_kernel(
-    dy, q, k, v, known, bias, total, along, dk, dv, dknown, dbias, rows, columns, H, scale,
+    dy, q, k, v, known, bias, total, along, dk, dv, dknown, dbias, rows, columns, height, width, H, scale,
     yB, yH, yN, qB, qH, qN, kB, kH, kN, vB, vH, vN, lessB, lessH, lessN, dkB, dkH, dkN, dvB, dvH, dvN, dlB, dlH, dlN,
-    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, LESS: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Derivatives by keys and values, and by known keys and their biases."""
     y, x, b, h = _place(columns, H, BC)
@@ -141,7 +181,7 @@ def by_keys_kernel(
     values = _load(v + b * vB + h * vH, n, vN, mine, K, BK)
     by_keys = tl.zeros([BC, BK], tl.float32)
     by_values = tl.zeros([BC, BK], tl.float32)
-    if LESS:
+    if SPAN:
         less = _load(known + b * lessB + h * lessH, n, lessN, mine, K, BK) * scale
         first = tl.load(bias + one + n, mask=mine, other=0.0)
         by_known = tl.zeros([BC, BK], tl.float32)
@@ -154,7 +194,7 @@ def by_keys_kernel(
         weight = tl.where(there, tl.exp(tl.sum(queries * keys, 1) - norm), 0.0)
         by_value = tl.sum(d * values, 1) - tl.load(along + one + m, mask=there, other=0.0)
         by_keys += (weight * by_value)[:, None] * queries
-        if LESS:
+        if SPAN:
             taken = tl.where(there, tl.exp(tl.sum(queries * less, 1) + first - norm), 0.0)
             weight -= taken
             by_known -= (taken * by_value)[:, None] * queries
@@ -162,6 +202,6 @@ def by_keys_kernel(
         by_values += weight[:, None] * d
     _store(dk + b * dkB + h * dkH, n, dkN, mine, by_keys * scale, K, BK)
     _store(dv + b * dvB + h * dvH, n, dvN, mine, by_values, K, BK)
-    if LESS:
+    if SPAN:
         _store(dknown + b * dlB + h * dlH, n, dlN, mine, by_known * scale, K, BK)
         tl.store(dbias + one + n, by_bias, mask=mine)

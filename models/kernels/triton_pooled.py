@@ -63,11 +63,10 @@ def pool_kernel(
     k, v, about, pooled, values, shifts, parts, rows, columns, H, scale,
     kB, kH, kN, vB, vH, vN, aB, aH, aN,
     K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr, ONE: tl.constexpr,
-    VALUES: tl.constexpr,
 ):  # fmt: skip
     """pooled, values [B, H, cells, K], shifts [B, H, cells] and parts [B, H, N] of a program's cells.
 
-    ONE: a block holds all patches of a cell. Without VALUES there are no v and no values.
+    ONE: a block holds all patches of a cell.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
@@ -91,9 +90,8 @@ def pool_kernel(
         fade, weight = tl.exp(most - larger), tl.exp(s - larger[:, None])
         norm = norm * fade + tl.sum(weight, 1)
         keys = keys * fade[:, None] + tl.sum(weight[:, :, None] * x, 1)
-        if VALUES:
-            y = _load_patches(v, vN, n, real, there)
-            sums = sums * fade[:, None] + tl.sum(weight[:, :, None] * y, 1)
+        y = _load_patches(v, vN, n, real, there)
+        sums = sums * fade[:, None] + tl.sum(weight[:, :, None] * y, 1)
         most = larger
     total = tl.where(norm > 0, most + tl.log(tl.maximum(norm, TINY)), NOTHING)
     for start in range(0, end, BM):
@@ -105,8 +103,7 @@ def pool_kernel(
     at = bh * CELLS * CELLS
     _store(pooled + at * K, K, c, real, mine, keys)
     tl.store(shifts + at + c, total - tl.sum(keys * m, 1), mask=mine)
-    if VALUES:
-        _store(values + at * K, K, c, real, mine, sums * inverse[:, None])
+    _store(values + at * K, K, c, real, mine, sums * inverse[:, None])
 
 
 @triton.jit(do_not_specialize=GRID)
@@ -114,7 +111,6 @@ def pool_backward_kernel(
     dpooled, dvalues, dshifts, dparts, k, v, about, pooled, values, parts, dk, dv, dabout, rows, columns, H, scale,
     dpB, dpH, dpN, doB, doH, doN, kB, kH, kN, vB, vH, vN, aB, aH, aN, dkB, dkH, dkN, dvB, dvH, dvN,
     K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, CELLS: tl.constexpr, ONE: tl.constexpr,
-    VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of the patches of a program's cells, and dabout [B, H, cells, K]."""
     bh = tl.program_id(0).to(tl.int64)
@@ -135,10 +131,8 @@ def pool_backward_kernel(
     keys = _load(pooled + at * K, K, c, real, mine)
     by_key = _load(dpooled + b * dpB + h * dpH, dpN, c, real, mine) - by_shift[:, None] * m
     along = tl.sum(keys * by_key, 1) - by_shift
-    by_value = by_key  # not used without values
-    if VALUES:
-        by_value = _load(dvalues + b * doB + h * doH, doN, c, real, mine)
-        along += tl.sum(_load(values + at * K, K, c, real, mine) * by_value, 1)
+    by_value = _load(dvalues + b * doB + h * doH, doN, c, real, mine)
+    along += tl.sum(_load(values + at * K, K, c, real, mine) * by_value, 1)
     for start in range(0, end, BM):
         n, there = _patches(c, start, rows, columns, CELLS, BM)
         along += tl.sum(tl.load(dparts + n, mask=there, other=0.0), 1)
@@ -147,10 +141,9 @@ def pool_backward_kernel(
         n, there = _patches(c, start, rows, columns, CELLS, BM)
         x = _load_patches(k, kN, n, real, there)
         weight = tl.exp(tl.load(parts + n, mask=there, other=float("-inf")))
-        u = tl.sum(x * by_key[:, None, :], 2)
-        if VALUES:
-            u += tl.sum(_load_patches(v, vN, n, real, there) * by_value[:, None, :], 2)
-            _store_patches(dv, dvN, n, real, there, weight[:, :, None] * by_value[:, None, :])
+        y = _load_patches(v, vN, n, real, there)
+        u = tl.sum(x * by_key[:, None, :], 2) + tl.sum(y * by_value[:, None, :], 2)
+        _store_patches(dv, dvN, n, real, there, weight[:, :, None] * by_value[:, None, :])
         ds = weight * (u - along[:, None]) + tl.load(dparts + n, mask=there, other=0.0)
         sums += tl.sum(ds[:, :, None] * x, 1)
         x = weight[:, :, None] * by_key[:, None, :] + ds[:, :, None] * m[:, None, :]

@@ -83,6 +83,7 @@ def near(
     grid: tuple[int, int],
     known: Tensor | None = None,
     bias_BHN1: Tensor | None = None,
+    block: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """Softmax attention of patches to those around them, and to one key more of their own.
 
@@ -93,13 +94,14 @@ def near(
         size: of the window, odd.
         known, bias_BHN1: keys, like `k`, by which `other` holds each patch already: exp(q known^T / sqrt(K) + bias) is
             taken from the weight of a near one.
+        block: rows and columns of the blocks of patches, from the first on, all over which `known` is the same.
 
     Returns:
         Like `v`. Logits and weights are at least fp32.
     """
     if not torch.jit.is_scripting():
         if (counted(v) or preferred(v) == "triton") and neighborhood.serves(q, k, v, other):
-            return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid, known, bias_BHN1)
+            return neighborhood.attend(q, k, v, other, logit_BHN1, size, grid, known, bias_BHN1, block)
     rows, columns = grid
     queries = tiles(factor(q, v), columns)
     values = strips(factor(v, v), size, grid)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..kernels import pooled as kernels
 from .core import Operator, Shape, counted, preferred, wide, without_autocast
@@ -23,9 +24,9 @@ class Pooled(Operator):
         logit = log sum_n exp(m_c k_n^T / sqrt(K)) + (q - m_c) k_c^T / sqrt(K).
 
     So a query m_c has softmax attention's own outcome of the cell, and no query gives it more weight than softmax does:
-    the logarithm is convex. m_c is a mean of landmarks (mean queries of parts of the sequence: Nystroemformer, arXiv
-    2102.03902) of landmarks x landmarks parts of the grid. Each counts as much as it attends to the cell when all cells
-    are expanded about the mean query.
+    the logarithm is convex. m_c is a mean of landmarks: mean queries of parts of the grid of at most landmark x
+    landmark patches (of parts of the sequence in Nystroemformer, arXiv 2102.03902). Each counts as much as it attends
+    to the cell if all keys of a cell equal their mean.
 
     A near patch n takes its part a_n exp(logit) out of its cell, so nothing counts twice. Prefix tokens attend to all
     tokens exactly, in O(N) each. There are no parameters.
@@ -33,15 +34,15 @@ class Pooled(Operator):
 
     needs_grid = True
 
-    def __init__(self, shape: Shape, cells: int = 8, window: int = 3, landmarks: int = 4) -> None:
-        """Raises ValueError unless these are whole numbers from 1 to 32, 15 and 32, and `window` is odd."""
+    def __init__(self, shape: Shape, cells: int = 8, window: int = 3, landmark: int = 8) -> None:
+        """Raises ValueError unless these are whole numbers from 1 on, to 32, 15 and 1024, and `window` is odd."""
         super().__init__(shape)
         check_number("cells", cells, 1, 32, whole=True)
         check_number("window", window, 1, 15, whole=True)
-        check_number("landmarks", landmarks, 1, 32, whole=True)
+        check_number("landmark", landmark, 1, 1024, whole=True)
         if window % 2 == 0:
             raise ValueError(f"window {window!r}: not an odd number")
-        self.sides, self.prefix = (int(cells), int(window), int(landmarks)), shape.num_prefix_tokens
+        self.sides, self.prefix = (int(cells), int(window), int(landmark)), shape.num_prefix_tokens
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if torch.jit.is_scripting():
@@ -56,29 +57,37 @@ def pooled_attention(
     """See `Pooled`; [B, H, N, K] each. Logits and weights are at least fp32.
 
     Args:
-        sides: cells, window, landmarks.
+        sides: cells, window, landmark.
     """
     with without_autocast(v):
         return _pooled(q, k, v, prefix, grid, sides)
 
 
 def _pooled(q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int], sides: tuple[int, int, int]) -> Tensor:
-    cells, window, landmarks = sides
+    cells, window, landmark = sides
     near_q, near_k, near_v = q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:]
     first_k, first_v = wide(k[:, :, :prefix]), wide(v[:, :, :prefix])
-    pooled, values, shifts, parts = cells_of(near_q, near_k, near_v, first_k, grid, cells, landmarks)
-    size = -(-grid[0] // cells) * -(-grid[1] // cells)
+    pooled, values, shifts, parts = cells_of(near_q, near_k, near_v, first_k, grid, cells, -(-max(grid) // landmark))
+    block = -(-grid[0] // cells), -(-grid[1] // cells)
+    size = block[0] * block[1]
     bias = parts + by_token(shifts[..., None, None].expand(-1, -1, -1, size, -1), grid, cells).squeeze(-1)
     known = by_token(pooled.unsqueeze(-2).expand(-1, -1, -1, size, -1), grid, cells).to(v.dtype)
 
     pooled, values = torch.cat([first_k, pooled], 2), torch.cat([first_v, values], 2)
-    far, logits = attended(near_q, pooled, values, torch.cat([torch.zeros_like(first_k[..., 0]), shifts], -1), v)
-    patches = near(near_q, near_k, near_v, far, logits, window, grid, known, bias.unsqueeze(-1))
+    far, logits = attended(near_q, pooled, values, F.pad(shifts, [prefix, 0]), v)
+    patches = near(near_q, near_k, near_v, far, logits, window, grid, known, bias.unsqueeze(-1), block)
     return exactly(q, k, v, patches, prefix)
 
 
 def cells_of(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, grid: tuple[int, int], cells: int, landmarks: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    grid: tuple[int, int],
+    cells: int,
+    landmarks: int,
+    nothing: float = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """k_c, v_c, what is added to q k_c^T / sqrt(K) for a logit, and log a_n of each patch. See `Pooled`.
 
@@ -89,18 +98,42 @@ def cells_of(
     Returns:
         [B, H, cells, K] twice, [B, H, cells], [B, H, rows * columns], at least fp32.
     """
-    wide_q = wide(q)
-    mean = wide_q.mean(2, keepdim=True)
+    about, scale = readers(q, k, first, grid, cells, landmarks), q.shape[-1] ** -0.5
     if not torch.jit.is_scripting():
         if kernels_serve(q, k, v):
-            pooled, _, shifts, _ = kernels.pool(k, None, mean, cells, grid)
-            return kernels.pool(k, v, readers(wide_q, first, pooled, shifts, grid, landmarks), cells, grid)
+            return kernels.pool(k, v, about, cells, grid)
     keys, values = by_cell(wide(k), grid, cells), by_cell(wide(v), grid, cells)
     there = by_cell(torch.ones_like(k[:1, :1, :, :1]), grid, cells).squeeze(-1) > 0
-    pooled, shifts, _ = expanded(keys, there, mean)
-    pooled, shifts, parts = expanded(keys, there, readers(wide_q, first, pooled, shifts, grid, landmarks))
-    values = (parts.exp().unsqueeze(-1) * values).sum(-2)
-    return pooled, values, shifts, by_token(parts.unsqueeze(-1), grid, cells).squeeze(-1)
+    logits = ((keys * about.unsqueeze(-2)).sum(-1) * scale).masked_fill(~there, nothing)
+    total = logits.logsumexp(-1, keepdim=True)
+    parts = (logits - total).unsqueeze(-1)
+    pooled, values = (parts.exp() * keys).sum(-2), (parts.exp() * values).sum(-2)
+    shifts = total.squeeze(-1) - (pooled * about).sum(-1) * scale
+    return pooled, values, shifts, by_token(parts, grid, cells).squeeze(-1)
+
+
+def readers(
+    q: Tensor,
+    k: Tensor,
+    first: Tensor,
+    grid: tuple[int, int],
+    cells: int,
+    landmarks: int,
+    nothing: float = NOTHING,
+) -> Tensor:
+    """m_c: the mean landmark that attends to each cell, [B, H, cells, K]. See `cells_of` for the arguments."""
+    scale, prefix = q.shape[-1] ** -0.5, first.shape[2]
+    (marks, queries), (keys, patches) = means(q, grid, landmarks), means(k, grid, cells)
+    shifts = patches.clamp_min(1).log().masked_fill(patches == 0, nothing).transpose(-2, -1)
+    logits = marks @ torch.cat([first, keys], 2).transpose(-2, -1) * scale + F.pad(shifts, [prefix, 0])
+    logits = (logits - logits.logsumexp(-1, keepdim=True))[..., prefix:].masked_fill(queries == 0, nothing)
+    return logits.softmax(-2).transpose(-2, -1) @ marks
+
+
+def means(x: Tensor, grid: tuple[int, int], sides: int) -> tuple[Tensor, Tensor]:
+    """Means of the patches of sides x sides parts of the grid [B, H, parts, K], how many they are [1, 1, parts, 1]."""
+    size = by_cell(wide(torch.ones_like(x[:1, :1, :, :1])), grid, sides).sum(-2)
+    return by_cell(wide(x), grid, sides).sum(-2) / size.clamp_min(1), size
 
 
 def attended(q: Tensor, keys: Tensor, values: Tensor, shifts: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,50 +147,5 @@ def attended(q: Tensor, keys: Tensor, values: Tensor, shifts: Tensor, v: Tensor)
 
 
 def kernels_serve(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether kernels take the place of torch's products, which what is counted keeps."""
-    return preferred(v) == "triton" and not counted(v) and kernels.serves(q, k, v)
-
-
-def expanded(keys: Tensor, there: Tensor, about: Tensor, nothing: float = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells for a query near `about`: k_c, what is added to q k_c^T / sqrt(K) for a logit, and log a_n. See `Pooled`.
-
-    Args:
-        keys: by cells, [B, H, cells, M, K].
-        there: [1, 1, cells, M], which of them there are.
-        about: m_c, [B, H, cells or 1, K].
-
-    Returns:
-        [B, H, cells, K], [B, H, cells], [B, H, cells, M].
-    """
-    scale = keys.shape[-1] ** -0.5
-    logits = ((keys * about.unsqueeze(-2)).sum(-1) * scale).masked_fill(~there, nothing)
-    total = logits.logsumexp(-1, keepdim=True)
-    parts = logits - total
-    pooled = (parts.exp().unsqueeze(-1) * keys).sum(-2)
-    return pooled, total.squeeze(-1) - (pooled * about).sum(-1) * scale, parts
-
-
-def readers(
-    q: Tensor,
-    first: Tensor,
-    pooled: Tensor,
-    shifts: Tensor,
-    grid: tuple[int, int],
-    sides: int,
-    nothing: float = NOTHING,
-) -> Tensor:
-    """The mean landmark that attends to each cell, [B, H, cells, K].
-
-    Args:
-        q: queries of patches, [B, H, rows * columns, K].
-        first: keys of the prefix tokens.
-        pooled, shifts: of `expanded`.
-        sides: x sides landmarks.
-    """
-    scale, prefix = q.shape[-1] ** -0.5, first.shape[2]
-    size = by_cell(torch.ones_like(q[:1, :1, :, :1]), grid, sides).sum(-2)
-    landmarks = by_cell(q, grid, sides).sum(-2) / size.clamp_min(1)
-    logits = landmarks @ torch.cat([first, pooled], 2).transpose(-2, -1) * scale
-    logits = logits + torch.cat([torch.zeros_like(first[..., 0]), shifts], -1).unsqueeze(-2)
-    logits = (logits - logits.logsumexp(-1, keepdim=True))[..., prefix:].masked_fill(size == 0, nothing)
-    return logits.softmax(-2).transpose(-2, -1) @ landmarks
+    """Whether kernels take the place of torch's products: on a GPU, and where what they cost is counted."""
+    return (counted(v) or preferred(v) == "triton") and kernels.serves(q, k, v)

@@ -86,8 +86,8 @@ def pooled(op, q, k, v, x, grid):
     scale = 1 / math.sqrt(K)
     near_q, near_k = q[:, :, prefix:], k[:, :, prefix:]
     cells = [cell for cell in parts(grid, op.sides[0]) if cell]
-    landmarks = torch.stack([near_q[:, :, part].mean(2) for part in parts(grid, op.sides[2]) if part], 2)
-    about = near_q.mean(2)
+    regions = parts(grid, math.ceil(max(grid) / op.sides[2]))
+    landmarks = torch.stack([near_q[:, :, part].mean(2) for part in regions if part], 2)
     exact = torch.exp(scale * q @ k.mT)
 
     def masses(queries, about):
@@ -103,7 +103,8 @@ def pooled(op, q, k, v, x, grid):
             shares.append(share)
         return torch.stack(found, -1), shares
 
-    seen, _ = masses(landmarks, [about] * len(cells))
+    means = torch.stack([near_k[:, :, cell].mean(2) for cell in cells], 2)
+    seen = torch.exp(scale * landmarks @ means.mT) * torch.tensor([len(cell) for cell in cells])
     total = seen.sum(-1) + torch.exp(scale * landmarks @ k[:, :, :prefix].mT).sum(-1)
     attends = seen / total[..., None]
     about = [(attends[..., c, None] * landmarks).sum(2) / attends[..., c].sum(2)[..., None] for c in range(len(cells))]

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, vmap
@@ -30,7 +31,7 @@ from models import (
     taps,
 )
 from models.operators import Shape, build_additions, build_operator
-from models.operators.core import EPS, FEATURES, wide
+from models.operators.core import EPS, FEATURES, counting, wide
 from models.operators.feature_maps import elu1
 from tests.models import naive
 from tests.support.largest import LargestTensor
@@ -91,9 +92,9 @@ def test_an_operator_equals_the_quadratic_formula(name, grid, prefix):
     check_equal(op(*args, grid), naive.OPERATORS[name](op, *args, grid), [*args, *op.parameters()])
 
 
-@pytest.mark.parametrize("sides", [(3, 1, 1), (2, 5, 3), (32, 3, 2)], ids=str)
+@pytest.mark.parametrize("sides", [(3, 1, 7), (2, 5, 3), (32, 3, 4), (4, 3, 1)], ids=str)
 def test_pooled_of_other_sides(sides):
-    kwargs = dict(zip(("cells", "window", "landmarks"), sides, strict=True))
+    kwargs = dict(zip(("cells", "window", "landmark"), sides, strict=True))
     op, args = build_operator("pooled", Shape(12, 3, 8, 1), kwargs), inputs(1 + 4 * 7)
     check_equal(op(*args, (4, 7)), naive.OPERATORS["pooled"](op, *args, (4, 7)), args)
 
@@ -240,6 +241,23 @@ def test_flops_are_counted_and_few(pair):
                 linearize(vit, operator, additions=additions)(torch.empty(1, 3, 224, 224))
             counts.append(counter.get_total_flops())
     assert counts[0] <= counts[1] <= 1.25 * counts[0]
+
+
+@pytest.mark.parametrize("pair", [("pooled", ()), ("focused", ("neighborhood3",))], ids=ids)
+@pytest.mark.parametrize("side", [14, 16, 32, 37, 64])
+def test_what_is_near_and_far_costs_little(pair, side):
+    """Between the projections of attention, with a class token: at most 1.25 times what elu1 costs."""
+    shape, counts = Shape(384, 6, 64, 1), []
+    for name, additions in (("elu1", ()), pair):
+        operator, added = build_operator(name, shape), build_additions(additions, shape)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, counting(), FlopCounterMode(display=False) as counter:
+            q, x = torch.empty(1, 6, 1 + side**2, 64), torch.empty(1, 1 + side**2, 384)
+            out = operator(q, q, q, x, (side, side))
+            for add in added.values():
+                out = add(out, q, q, q, x, (side, side))
+        counts.append(counter.get_total_flops())
+    assert counts[0] < counts[1] <= 1.25 * counts[0]
 
 
 # --- In a model -----------------------------------------------------------------------------------------------------

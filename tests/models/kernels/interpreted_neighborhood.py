@@ -25,6 +25,8 @@ CASES = {
     "5-fp32": (0, 5, 1, 80, 0, (2, 5), "fp32", 4),
     "3-bf16": (0, 3, 2, 64, 5, (4, 17), "bf16", 16),
     "pooled-3-fp32": (2, 3, 2, 24, 1, (3, 4), "fp32", 16),
+    "pooled-5-fp32": (2, 5, 1, 24, 1, (2, 9), "fp32", 16),
+    "pooled-3-alone-fp32": (7, 3, 1, 16, 1, (3, 7), "fp32", 16),
     "pooled-3-bf16": (2, 3, 1, 64, 5, (3, 17), "bf16", 16),
 }
 
@@ -73,9 +75,9 @@ def as_torch_sees_it():
     generator, grid, neighborhood.PATCHES = torch.Generator().manual_seed(1), (2, 3), 16
     tensors = [torch.randn(1, 2, 6, 4, generator=generator).requires_grad_() for _ in range(4)]
     logit = torch.randn(1, 2, 6, generator=generator).requires_grad_()
-    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, None, None, 3, *grid))
+    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, None, None, 3, *grid, 1, 1))
     known = torch.randn(1, 2, 6, 4, generator=generator).requires_grad_()
-    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, known, logit.detach() - 9, 3, *grid))
+    opcheck(torch.ops.unsoftmax.neighborhood.default, (*tensors, logit, known, logit.detach() - 9, 3, *grid, 1, 2))
     add = build_additions(["neighborhood3"], Shape(8, 2, 4, 1))["neighborhood3"]
     tensors = [torch.randn(1, 2, 7, 4, generator=generator).requires_grad_() for _ in range(4)]
     x = torch.randn(1, 7, 8, generator=generator)

@@ -15,10 +15,12 @@ def test_forward_and_backward_are_those_of_torch():
     found = said("tests.models.kernels.interpreted_pooled")
     as_torch_sees_it = found.pop("torch")
     assert max(as_torch_sees_it["errors"]) < 1e-5, as_torch_sees_it
-    # Of 6 patches in 2 heads of 4: cells twice, once without values; all patches to 4 cells and a prefix token.
+    # Of 6 patches in 2 heads of 4: logits, keys and values of cells; 4 cells and a prefix token; a window's places, and
+    # the 3 x 3 cells, of 1 x 2 patches each, that it may meet.
     once = 2 * 2 * 6 * 4
-    flops = {"pool": (2 + 3) * once, "pool_backward": 2 * (2 + 3) * once, "far": 2 * 5 * once}
-    assert as_torch_sees_it["flops"] == flops | {"far_backward": 2 * flops["far"]}
+    flops = {"pool": 3 * once, "far": 2 * 5 * once, "neighborhood": (2 * 9 + 9 + 1) * once}
+    flops |= {f"{name}_backward": 2 * flops[name] for name in ("pool", "far")}
+    assert as_torch_sees_it["flops"] == flops | {"neighborhood_backward": (4 * 9 + 9 + 9 + 3) * once}
     for case, errors in found.items():
         assert max(errors) < (1e-5 if "fp32" in case else 2e-2), (case, errors)
 
