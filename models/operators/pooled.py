@@ -71,7 +71,7 @@ def _pooled(q: Tensor, k: Tensor, v: Tensor, prefix: int, grid: tuple[int, int],
     block = -(-grid[0] // cells), -(-grid[1] // cells)
     size = block[0] * block[1]
     bias = parts + by_token(shifts[..., None, None].expand(-1, -1, -1, size, -1), grid, cells).squeeze(-1)
-    known = by_token(pooled.unsqueeze(-2).expand(-1, -1, -1, size, -1), grid, cells).to(v.dtype)
+    known = by_token(pooled.to(v.dtype).unsqueeze(-2).expand(-1, -1, -1, size, -1), grid, cells)
 
     pooled, values = torch.cat([first_k, pooled], 2), torch.cat([first_v, values], 2)
     far, logits = attended(near_q, pooled, values, F.pad(shifts, [prefix, 0]), v)
@@ -123,17 +123,18 @@ def readers(
 ) -> Tensor:
     """m_c: the mean landmark that attends to each cell, [B, H, cells, K]. See `cells_of` for the arguments."""
     scale, prefix = q.shape[-1] ** -0.5, first.shape[2]
-    (marks, queries), (keys, patches) = means(q, grid, landmarks), means(k, grid, cells)
+    marks, queries = means(q, grid, landmarks, first.dtype)
+    keys, patches = means(k, grid, cells, first.dtype)
     shifts = patches.clamp_min(1).log().masked_fill(patches == 0, nothing).transpose(-2, -1)
     logits = marks @ torch.cat([first, keys], 2).transpose(-2, -1) * scale + F.pad(shifts, [prefix, 0])
     logits = (logits - logits.logsumexp(-1, keepdim=True))[..., prefix:].masked_fill(queries == 0, nothing)
     return logits.softmax(-2).transpose(-2, -1) @ marks
 
 
-def means(x: Tensor, grid: tuple[int, int], sides: int) -> tuple[Tensor, Tensor]:
+def means(x: Tensor, grid: tuple[int, int], sides: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Means of the patches of sides x sides parts of the grid [B, H, parts, K], how many they are [1, 1, parts, 1]."""
-    size = by_cell(wide(torch.ones_like(x[:1, :1, :, :1])), grid, sides).sum(-2)
-    return by_cell(wide(x), grid, sides).sum(-2) / size.clamp_min(1), size
+    size = by_cell(torch.ones_like(x[:1, :1, :, :1]), grid, sides).sum(-2, dtype=dtype)
+    return by_cell(x, grid, sides).sum(-2, dtype=dtype) / size.clamp_min(1), size
 
 
 def attended(q: Tensor, keys: Tensor, values: Tensor, shifts: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
