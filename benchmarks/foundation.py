@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEIGHBOURS = 5  # of 12 to 30 images per class
 PENALTIES = [10.0**power for power in range(-1, 6)]  # leave-one-out on the training images chooses
 RECOMMENDED = "--student.operator pooled"
-STAGE2 = "--train.lr 1e-5 --stage2.standardise true --stage2.blocks auto:3"
+STAGE2 = " | ".join(f"--train.lr {rate} --stage2.standardise true --stage2.blocks auto:3" for rate in (4e-6, 1e-5))
 # Name, options of both stages, of stage 1, of stage 2.
 STUDENTS = [
     ("vanilla", "--student.operator elu1", "--train.lr 3e-3", "--train.lr 2e-5"),
