@@ -63,6 +63,9 @@ def linearize(
             block.attn = LinearAttention(block.attn, operator, operator_kwargs, additions, vit.num_prefix_tokens)
     ask = [student.blocks[i].attn for i in linear_blocks(student) if student.blocks[i].attn.needs_grid]
     if ask:
+        if getattr(student.patch_drop, "prob", 0):
+            raise ValueError(f"patch_drop: {operator} and its additions need the whole patch grid, of which it drops "
+                             "patches; set vit.patch_drop = torch.nn.Identity()")  # fmt: skip
         grid = PatchGrid(student.patch_embed)
         for attn in ask:
             attn.look_at(grid)

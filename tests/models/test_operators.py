@@ -473,6 +473,16 @@ def test_a_block_called_by_itself():
     note_image_size(linearize(vit), (24, 64))  # nothing there asks
 
 
+@pytest.mark.parametrize("name", ["prefix tokens", "rotary"])
+def test_patches_that_are_dropped_leave_no_grid(name):
+    vit = build(name, patch_drop_rate=0.75)  # 4 of 16 patches are as many as a square
+    with pytest.raises(ValueError, match="patch_drop: elu1 and its additions need the whole patch grid"):
+        linearize(vit, additions=["value_conv3"])
+    assert linearize(vit).train()(images()).isfinite().all()
+    vit.patch_drop = torch.nn.Identity() if name == "prefix tokens" else None
+    assert linearize(vit, additions=["value_conv3"]).train()(images()).isfinite().all()
+
+
 # --- The tables -----------------------------------------------------------------------------------------------------
 
 
