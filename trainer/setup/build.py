@@ -56,7 +56,8 @@ def build(settings: Settings, me: World) -> Job:
     if settings.teacher.shard and rope is not None and list(rope.parameters()):
         raise UserError(f"teacher.shard: {settings.teacher.name} learns its rotary frequencies, which are read whole; "
                         "leave it off")  # fmt: skip
-    if kind.needs_teacher and not is_trained(settings) and not shapes_alone:
+    needs_teacher = kind.needs_teacher(settings)
+    if needs_teacher and not is_trained(settings) and not shapes_alone:
         raise UserError(f"teacher.pretrained false: stage {settings.stage} aligns with a trained teacher; "
                         "give its file with --teacher.weights FILE")  # fmt: skip
     given = input_of(settings, teacher)
@@ -69,7 +70,7 @@ def build(settings: Settings, me: World) -> Job:
     seen |= {f"{split}_samples": info.samples for split, info in infos.items()}
     lineage |= {"stages": [*lineage["stages"], settings.stage], "data": [*lineage["data"], seen]}
 
-    beside = teacher if kind.compares and (is_trained(settings) or kind.needs_teacher) else None
+    beside = teacher if needs_teacher or (kind.compares and is_trained(settings)) else None
     stage = kind(settings, student, beside, num_classes, infos)
     if not any(p.requires_grad for p in stage.parameters()):
         which = settings.student.trainable

@@ -59,8 +59,7 @@ class Stage(nn.Module):
     name: str
     trainable: str  # the default of student.trainable
     previous: str | None = None  # the stage whose export it starts from
-    needs_teacher = True  # a pretrained one, to align with
-    compares = True  # the student with the teacher
+    compares = True  # the student with the teacher, where there is a pretrained one
     quick_probes = False  # whether `probe.every` applies
     scored = "loss"  # what `score` looks at
     teacher_taps: tuple[str, ...] = ()
@@ -111,6 +110,11 @@ class Stage(nn.Module):
         size, found = settings.train.batch_size, infos["train"]
         if found.num_samples < size:
             raise UserError(f"train.batch_size {size}: {found.path} has only {found.num_samples} images")
+
+    @classmethod
+    def needs_teacher(cls, settings: Settings) -> bool:
+        """Whether there must be a pretrained teacher, to align with."""
+        return True
 
     @classmethod
     def head_classes(cls, settings: Settings, infos: Infos, student: nn.Module) -> int:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models import note_image_size, rotary_embeddings, taps
+from models import backbone_of, linear_blocks, note_image_size, rotary_embeddings, taps
 from trainer.stages.base import ForwardOutputs, Stage
 
 TEACHER_FORCED, FREE_RUNNING = "error_teacher_forced", "error_free_running"  # names of metrics
+POINT = "mha"  # where attentions are compared, unless a stage says otherwise
 
 
 def forced_taps(blocks: Sequence[int], point: str) -> tuple[str, ...]:
@@ -28,14 +29,22 @@ def teacher_forced(stage: Stage, outputs: ForwardOutputs, blocks: Sequence[int],
     Args:
         point: where the two are compared: `mha` after the output projection, `heads` before it.
     """
-    size = outputs.image.shape[-2:]
-    note_image_size(stage.student, size)
+    size, student = outputs.image.shape[-2:], backbone_of(stage.student)
+    note_image_size(student, size)
     ropes, read_of_teacher = rotary_embeddings(stage.teacher, size), outputs.teacher
     saves_memory = stage.training and stage.settings.train.grad_checkpointing
-    with taps(stage.student, [f"blocks.{i}.{point}" for i in blocks]) as read:
+    with taps(student, [f"blocks.{i}.{point}" for i in blocks]) as read:
         for i in blocks:
-            attend(stage.student.blocks[i].attn, read_of_teacher[f"blocks.{i}.attn_in"], ropes[i], saves_memory)
+            attend(student.blocks[i].attn, read_of_teacher[f"blocks.{i}.attn_in"], ropes[i], saves_memory)
     return errors(read, read_of_teacher, blocks, point)
+
+
+def kept_on(stage: Stage, outputs: ForwardOutputs, losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """`losses`, with stage 1's added by `weight`; the stage's `teacher_taps` hold `forced_taps` unless that is 0."""
+    if weight == 0:
+        return losses
+    attention = mean_of(teacher_forced(stage, outputs, linear_blocks(backbone_of(stage.student)), POINT))
+    return losses | {"loss": losses["loss"] + weight * attention, "attention": attention}
 
 
 def attend(attn: nn.Module, tokens: Tensor, rope: Tensor | None, recompute: bool) -> Tensor:

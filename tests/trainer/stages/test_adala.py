@@ -8,6 +8,7 @@ PAPER = {
     "student": {"operator": "elu1", "operator_kwargs": {}, "additions": [], "keep_softmax": []},
     "stage1": {"match": "output"},
     "stage2": {"loss": "mse", "prefix_weight": 1, "standardise": False, "blocks": [], "attention_weight": 0},
+    "stage3": {"distill": None, "attention_weight": 0},
 }
 TRAIN = {"1": (1, 5e-3), "2": (1.5, 1e-3), "3": (1, 5e-4)}  # epochs, learning rate
 

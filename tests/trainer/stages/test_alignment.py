@@ -1,4 +1,4 @@
-"""The losses of stages 1 and 2 by their settings, and the errors of each block, against naive references."""
+"""The losses of alignment by their settings, and the errors of each block, against naive references."""
 
 from pathlib import Path
 
@@ -91,6 +91,20 @@ def test_blocks_and_attention_are_matched_as_well(small: Path, batch: dict, chec
     assert not any(name.startswith("blocks.1") for name in trained)
 
 
+@pytest.mark.parametrize("mixup", ("0", "0.8"))
+def test_stage_3_keeps_the_alignment_on(small: Path, batch: dict, mixup: str) -> None:
+    plain = job_of(small, 3, "--stage3.mixup", mixup).stage.train()(batch)
+    stage = job_of(small, 3, "--stage3.mixup", mixup, "--stage3.attention_weight", "50").stage
+    values = stage.train()(batch)
+    torch.testing.assert_close(values["loss"], plain["loss"] + 50 * values["attention"], **CLOSE)
+    if mixup == "0":  # else of mixed images
+        torch.testing.assert_close(values["attention"], job_of(small, 1).stage.train()(batch)["loss"], **CLOSE)
+    values["attention"].backward()
+    reached = {name for name, p in stage.student.named_parameters() if p.grad is not None}
+    assert reached == {name for name, _ in stage.student.named_parameters() if ".attn." in name}
+    assert "attention" not in stage.eval()(batch)
+
+
 def test_standardised_targets_are_the_runs(small: Path, tmp_path: Path) -> None:
     options = ["--stage2.standardise", "true", "--stage2.blocks", "[0]", "--train.save_every", "3", "--train.keep", "9"]
     done = run_trainer(small, tmp_path, 2, *options, ranks=2)
@@ -133,5 +147,12 @@ def test_what_does_not_fit_is_refused(small: Path) -> None:
         job_of(small, 2, "--stage2.blocks", "[2]")
     for auto in ("auto:1", "auto:3"):
         assert job_of(small, 2, "--stage2.blocks", auto).stage.between == ("blocks.1.rc2",)
-    with pytest.raises(UserError, match=r"stage2\.attention_weight 50.*train\.compile"):
-        parse(["--stage", "2", "--stage2.attention_weight", "50", "--train.compile", "true"])
+    for stage in ("2", "3"):
+        with pytest.raises(UserError, match=rf"stage{stage}\.attention_weight 50.*train\.compile"):
+            parse(["--stage", stage, f"--stage{stage}.attention_weight", "50", "--train.compile", "true"])
+    for setting, value in (("attention", "softmax"), ("trainable", "head")):
+        with pytest.raises(UserError, match=rf"stage3\.attention_weight 50.*student\.{setting} {value}"):
+            parse(["--stage", "3", "--stage3.attention_weight", "50", f"--student.{setting}", value])
+    with pytest.raises(UserError, match=r"teacher\.pretrained false: stage 3 aligns with a trained teacher"):
+        untrained = ["--teacher.pretrained", "false", "--teacher.weights", "null"]
+        job_of(small, 3, "--stage3.attention_weight", "50", *untrained)

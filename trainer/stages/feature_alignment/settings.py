@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.fields import Auto, CountOrZero, NonNegative, Positive
-from trainer.stages.alignment import check_alignment
+from trainer.stages.alignment import check_alignment, check_kept_on
 
 
 @dataclass
@@ -28,11 +28,7 @@ class Stage2:
         """Raises ValueError when the settings do not fit together."""
         check_alignment(settings)
         settings.probe.resolve(settings)  # quick probes are part of its evaluations
-        if self.attention_weight and settings.train.compile:
-            raise ValueError(
-                f"stage2.attention_weight {self.attention_weight}: is read inside of what train.compile compiles; "
-                "use one of the two"
-            )
+        check_kept_on(settings, "stage2", self.attention_weight)
 
 
 SETTINGS = {"stage2": Stage2}

@@ -23,12 +23,11 @@ from trainer.engine.engine import DeepSpeedEngine
 from trainer.fields import count_of
 from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Stage
-from trainer.stages.blockwise import FREE_RUNNING, errors, forced_taps, mean_of, named, teacher_forced
+from trainer.stages.blockwise import FREE_RUNNING, POINT, errors, forced_taps, kept_on, named
 from trainer.stages.pictures import Shown, draw_features
 
 SHOWN = 8  # images in the picture
 MEASURED = 8  # batches, over all ranks, whose targets give the standard deviations
-POINT = "mha"  # where attentions are compared
 
 
 def token_mean(error: Tensor, weights: Tensor | None) -> Tensor:
@@ -149,10 +148,7 @@ class FeatureAlignment(Stage):
             each = [self.pull(name, outputs.of_student[name], outputs.teacher[name])["loss"] for name in self.between]
             values["blocks"] = torch.stack(each).mean(0)
             values["loss"] = values["loss"] + options.block_weight * values["blocks"]
-        if options.attention_weight > 0:
-            values["attention"] = mean_of(teacher_forced(self, outputs, self.linear, POINT))
-            values["loss"] = values["loss"] + options.attention_weight * values["attention"]
-        return values
+        return kept_on(self, outputs, values, options.attention_weight)
 
     def pull(self, name: str, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """`stage2.loss` between two tensors called `name`, [B, N, D]."""

@@ -1,8 +1,10 @@
 """Settings of stage 3, for both of its tasks."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.fields import BelowOne, Count, Fraction, NonNegative, PathName, Positive
+from trainer.stages.alignment import check_kept_on
 
 
 @dataclass
@@ -31,6 +33,12 @@ class Stage3:
     """Share of that in the loss; the rest is of the labels."""
     distill_temperature: Positive = 1.0
     """Temperature of both logits in it."""
+    attention_weight: NonNegative = 0.0
+    """Weight of stage 1's loss, the alignment of each block's attention with the teacher's, kept on; 0 is off."""
+
+    def resolve(self, settings: Any) -> None:
+        """Raises ValueError when the settings do not fit together."""
+        check_kept_on(settings, "stage3", self.attention_weight)
 
 
 SETTINGS = {"stage3": Stage3}

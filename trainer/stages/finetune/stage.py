@@ -9,21 +9,36 @@ from torch.nn import functional as F
 
 import data
 import models
-from models import ViT
+from models import ViT, backbone_of, linear_blocks
 from trainer.config import Settings, UserError
 from trainer.engine.profile import part
 from trainer.stages.base import Batch, ForwardOutputs, Infos, Stage
+from trainer.stages.blockwise import POINT, forced_taps, kept_on
 from trainer.stages.classes import check_same_classes, num_classes
 from trainer.stages.keyed import DropPath, Mixup, draw_paths
 
 
 class Supervised(Stage):
-    """What both tasks of stage 3 share: its parameter groups, its moving average, drop path."""
+    """What both tasks of stage 3 share: its parameter groups, its moving average, alignment that is kept on."""
 
     trainable = "all"
     previous = "2"
-    needs_teacher = False
     other_classes = None  # the head is trained on these labels
+
+    @classmethod
+    def needs_teacher(cls, settings: Settings) -> bool:
+        """With `stage3.attention_weight`."""
+        return settings.stage3.attention_weight > 0
+
+    @property
+    def teacher_taps(self) -> tuple[str, ...]:
+        """What `kept_on` reads in training."""
+        wanted = self.training and self.settings.stage3.attention_weight > 0
+        return forced_taps(linear_blocks(backbone_of(self.student)), POINT) if wanted else ()
+
+    def kept_on(self, outputs: ForwardOutputs, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of training, with `stage3.attention_weight`."""
+        return kept_on(self, outputs, losses, self.settings.stage3.attention_weight)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """With `stage3.layer_decay` a factor on the learning rate per block, from the last one to the first."""
@@ -127,13 +142,13 @@ class Finetune(Supervised):
             other = F.cross_entropy(logits, label[partner], reduction="none", label_smoothing=smoothing)
             loss = share * loss + (1 - share) * other
         if self.master is None:
-            return {"loss": loss}
+            return self.kept_on(outputs, {"loss": loss})
         with part("teacher"), torch.no_grad():
             target = self.master(outputs.image).float()
         weight, temperature = self.settings.stage3.distill_weight, self.settings.stage3.distill_temperature
         distillation = distilled(logits, target, temperature)
         parts = {"cross_entropy": loss, "distillation": distillation}
-        return {"loss": (1 - weight) * loss + weight * distillation} | parts
+        return self.kept_on(outputs, {"loss": (1 - weight) * loss + weight * distillation} | parts)
 
 
 def distilled(logits: Tensor, target: Tensor, temperature: float) -> Tensor:

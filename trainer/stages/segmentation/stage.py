@@ -107,7 +107,7 @@ class Segmentation(Supervised):
     def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""
         draw_paths(self.paths, batch["key"])
-        return self.student(batch["image"], batch["mask"])
+        return self.kept_on(outputs, self.student(batch["image"], batch["mask"]))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Training: {"loss": scalar, **parts}. Evaluation: {"logits": [B, C, H, W]}."""

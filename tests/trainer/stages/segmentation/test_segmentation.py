@@ -33,6 +33,11 @@ def head(name: str) -> list[str]:
     return ["--segmentation.head", name, "--segmentation.kwargs", json.dumps(HEADS[name])]
 
 
+# On each of its paths: stochastic depth, rates by depth, an average, and stage 1's loss kept on.
+SUPERVISED = ["--student.parent", "none", "--stage3.drop_path", "0.2", "--stage3.layer_decay", "0.7",
+              "--stage3.ema", "0.9", "--stage3.attention_weight", "50"]  # fmt: skip
+
+
 def zero(stage: int) -> list[str]:
     return ["--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json")]
 
@@ -41,8 +46,7 @@ def zero(stage: int) -> list[str]:
 def alone(small: Path, masked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with stage 3 on one rank, from the teacher's weights, linear attention, with the linear head."""
     run = tmp_path_factory.mktemp("alone")
-    options = [*masked, *head("linear"), *SAVES, "--student.parent", "none", "--stage3.drop_path", "0.2"]
-    done = run_trainer(small, run, 3, *options, "--stage3.layer_decay", "0.7", "--stage3.ema", "0.9")
+    done = run_trainer(small, run, 3, *masked, *head("linear"), *SAVES, *SUPERVISED)
     assert done.code == 0, done.err
     return run
 
@@ -51,8 +55,7 @@ def test_two_ranks_in_zero_3_give_the_curve_of_one_and_resume(
     small: Path, masked: list[str], alone: Path, tmp_path: Path
 ) -> None:
     """Batch norm over the ranks, and their sizes of images in evaluation, that call the model unevenly often."""
-    options = [*masked, *head("linear"), *SAVES, "--student.parent", "none", "--stage3.drop_path", "0.2"]
-    options += ["--stage3.layer_decay", "0.7", "--stage3.ema", "0.9", *zero(3)]
+    options = [*masked, *head("linear"), *SAVES, *SUPERVISED, *zero(3)]
     done = run_trainer(small, tmp_path, 3, *options, ranks=2)
     assert done.code == 0, done.err
     assert_same_curve(done.folder, alone / "stage3")
