@@ -36,10 +36,6 @@ class Supervised(Stage):
         wanted = self.training and self.settings.stage3.attention_weight > 0
         return forced_taps(linear_blocks(backbone_of(self.student)), POINT) if wanted else ()
 
-    def kept_on(self, outputs: ForwardOutputs, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of training, with `stage3.attention_weight`."""
-        return kept_on(self, outputs, losses, self.settings.stage3.attention_weight)
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """With `stage3.layer_decay` a factor on the learning rate per block, from the last one to the first."""
         decay = self.settings.stage3.layer_decay
@@ -141,14 +137,15 @@ class Finetune(Supervised):
         if self.mix is not None:  # cross-entropy is linear in the target: this is that with the mixed one
             other = F.cross_entropy(logits, label[partner], reduction="none", label_smoothing=smoothing)
             loss = share * loss + (1 - share) * other
-        if self.master is None:
-            return self.kept_on(outputs, {"loss": loss})
-        with part("teacher"), torch.no_grad():
-            target = self.master(outputs.image).float()
-        weight, temperature = self.settings.stage3.distill_weight, self.settings.stage3.distill_temperature
-        distillation = distilled(logits, target, temperature)
-        parts = {"cross_entropy": loss, "distillation": distillation}
-        return self.kept_on(outputs, {"loss": (1 - weight) * loss + weight * distillation} | parts)
+        values = {"loss": loss}
+        if self.master is not None:
+            with part("teacher"), torch.no_grad():
+                target = self.master(outputs.image).float()
+            weight, temperature = self.settings.stage3.distill_weight, self.settings.stage3.distill_temperature
+            distillation = distilled(logits, target, temperature)
+            values = {"loss": (1 - weight) * loss + weight * distillation}
+            values |= {"cross_entropy": loss, "distillation": distillation}
+        return kept_on(self, outputs, values, self.settings.stage3.attention_weight)
 
 
 def distilled(logits: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -17,6 +17,7 @@ from trainer.engine.optim import scaled
 from trainer.output.folder import StageFolder
 from trainer.ranks.world import dist
 from trainer.stages.base import Batch, ForwardOutputs, Infos, trainable_parameters
+from trainer.stages.blockwise import kept_on
 from trainer.stages.classes import check_same_classes
 from trainer.stages.finetune.stage import Supervised, set_drop_path
 from trainer.stages.keyed import draw_paths
@@ -107,7 +108,8 @@ class Segmentation(Supervised):
     def losses(self, batch: Batch, outputs: ForwardOutputs) -> dict[str, Tensor]:
         """{"loss": [B], **parts}."""
         draw_paths(self.paths, batch["key"])
-        return self.kept_on(outputs, self.student(batch["image"], batch["mask"]))
+        values = self.student(batch["image"], batch["mask"])
+        return kept_on(self, outputs, values, self.settings.stage3.attention_weight)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Training: {"loss": scalar, **parts}. Evaluation: {"logits": [B, C, H, W]}."""
