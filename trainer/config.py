@@ -135,7 +135,7 @@ class Parser(ArgumentParser):
         message = " ".join(message.split())
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             message = f"{unknown[1]}: {no_such(unknown[1].lstrip('-'), self.kind)}"
-        elif wrong := re.fullmatch(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', message):
+        elif wrong := re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
             kind = dict(names(self.kind)).get(wrong[1])
             message = f"{wrong[1]} {wrong[2]}: must be {words(kind)}"
         raise UserError(message)
@@ -395,7 +395,11 @@ def run_recipe(settings: Settings) -> str:
     for name in ("deepspeed", "tracking"):
         if now[name] != recipe.get(name, defaults[name]):
             typed[name] = now[name]
-    whole = merge(read_yaml(source), {key: value for key, value in typed.items() if value})
+    typed = {key: value for key, value in typed.items() if value}
+    whole = merge(read_yaml(source), typed)
+    for key, value in typed.items():
+        if isinstance(value, dict):
+            whole[key] = whole[key] | value  # keywords of something are one value
     head = f"# What this run was begun with, from {source.name}. Its later stages start from it.\n"
     return head + yaml.safe_dump(whole, sort_keys=False)
 
@@ -451,10 +455,10 @@ def as_dict(settings: Common) -> dict[str, Any]:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    """{"train": {"lr": 1}} -> {"train.lr": 1}. Keywords of something are one value."""
     flat = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping) and key != "kwargs":
+        if isinstance(value, Mapping) and not key.endswith("kwargs"):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

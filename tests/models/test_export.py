@@ -74,6 +74,22 @@ def test_another_image_size(tmp_path):
         load(tmp_path, 36)
 
 
+@pytest.mark.parametrize("size", [(16, 64), (48, 48)], ids=["another shape", "another number"])
+@pytest.mark.parametrize(
+    "given", [("mhla", {"cells": 2}, []), ("elu1", {}, ["value_conv3"])], ids=["mhla", "value_conv3"]
+)
+@torch.no_grad()
+def test_another_image_size_in_torchscript(tmp_path, given, size):
+    operator, kwargs, additions = given
+    vit = linearize(build(range(3)), operator, operator_kwargs=kwargs, additions=additions)
+    for weight in vit.parameters():
+        weight.normal_(std=0.2)
+    attention = {"operator": operator, "kwargs": kwargs, "additions": additions, "linear_blocks": linear_blocks(vit)}
+    save(tmp_path, vit.state_dict(), config(vit) | {"attention": attention})
+    loaded, x = load(tmp_path, size), torch.rand(2, 3, *size)
+    torch.testing.assert_close(torch.jit.script(loaded)(x), loaded(x))
+
+
 def test_a_bf16_state_comes_back_as_fp32_with_the_same_values(tmp_path):
     vit = build().bfloat16()
     loaded = load(export(tmp_path, vit))

@@ -1,5 +1,6 @@
 """Settings: recipes, the command line, what may change."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import yaml
 
 from tests.conftest import ENVIRONMENT, ROOT
 from tools.write_settings import page
-from trainer.config import RECIPES, Settings, UserError, as_dict, explained, first_difference, names, parse
+from trainer.config import RECIPES, Settings, UserError, as_dict, explained, first_difference, names, parse, run_recipe
 from trainer.main import main
 from trainer.output.folder import StageFolder
 from trainer.stages import STAGES
@@ -29,6 +30,43 @@ def test_only_settings_that_change_what_is_learned_are_compared() -> None:
     before = {"train": {"lr": 1.0, "log_every": 1}, "teacher": {"kwargs": {"depth": 2}}}
     assert first_difference(before, {"train": {"lr": 1.0, "log_every": 5}, "teacher": {"kwargs": {"depth": 2}}}) is None
     assert "teacher.kwargs was {'depth': 2}" in first_difference(before, before | {"teacher": {"kwargs": {"depth": 3}}})
+    without, given = ({"student": {"operator_kwargs": kwargs}} for kwargs in ({}, {"power": 2}))
+    for one, other in ((without, given), (given, without)):
+        assert "student.operator_kwargs was" in first_difference(one, other)
+
+
+def test_keywords_typed_for_a_run_are_those_of_its_later_stages(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "student: {operator: pooled, operator_kwargs: {cells: 16}}\nteacher: {name: a, kwargs: {depth: 2}}\n"
+    )
+    for i, kwargs in enumerate(({"window": 5}, {})):
+        run = tmp_path / f"run{i}"
+        options = ["--config", str(recipe), "--run", str(run), "--student.operator_kwargs", json.dumps(kwargs)]
+        first = parse(["--stage", "1", *options, "--teacher.kwargs", '{"num_heads": 2}'])
+        run.mkdir()
+        (run / "recipe.yaml").write_text(run_recipe(first))
+        later = parse(["--stage", "2", "--run", str(run)])
+        assert (first.student, first.teacher) == (later.student, later.teacher)
+        assert later.student.operator_kwargs == kwargs and later.teacher.kwargs == {"num_heads": 2}
+
+
+def test_a_wrong_entry_of_a_list_is_one_plain_line() -> None:
+    for option, value in (
+        ("stage2.blocks", "[-1]"),
+        ("student.keep_softmax", "[auto:2]"),
+        ("student.keep_softmax", "[1.5]"),
+    ):
+        said = refused("--stage", "2", f"--{option}", value)
+        assert said.startswith(f"{option} [") and "must be a list" in said and "pydantic" not in said
+
+
+def test_settings_that_would_reach_nothing_are_refused() -> None:
+    said = refused("--stage", "1", "--student.parent", "elsewhere")
+    assert said.startswith("student.parent elsewhere: stage 1 starts from the teacher's weights")
+    said = refused("--stage", "3", "--student.attention", "softmax", "--student.parent", "elsewhere")
+    assert said.startswith("student.parent elsewhere: student.attention softmax starts")
+    assert "without stage3.distill" in refused("--stage", "3", "--stage3.distill_weight", "0.9")
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))

@@ -45,7 +45,7 @@ def _leave_steps(specs: list[str]) -> bool:
 
 
 ImageSize = Count | checked(list[int], "[height, width]", lambda v: len(v) == 2 and min(v) >= 1)
-Resolutions = checked(list[str], "sizes with shares of the steps, below 1 in all, as in [224:0.8]", _leave_steps)
+Resolutions = checked(list[str], 'sizes with shares of the steps, below 1 in all, as in ["224:0.8"]', _leave_steps)
 
 
 class Phase(NamedTuple):

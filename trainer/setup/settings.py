@@ -72,6 +72,12 @@ class Student:
     parent: PathName | None = None
     """The export to start from, or none for the teacher's weights; by default the previous stage's of the run."""
 
+    def resolve(self, settings: Any) -> None:
+        """Raises ValueError when `parent` is given to what starts from the teacher's weights."""
+        starts = {"1": "stage 1", "3": "student.attention softmax" if self.attention == "softmax" else ""}
+        if self.parent not in (None, "none") and (what := starts.get(settings.stage)):
+            raise ValueError(f"student.parent {self.parent}: {what} starts from the teacher's weights; leave it out")
+
 
 @dataclass
 class Data:
@@ -93,7 +99,7 @@ class Data:
     image_size: ImageSize | None = None
     """Pixels: a side, or [height, width]; by default the teacher's."""
     resolutions: Resolutions = field(default_factory=list)
-    """Sizes before image_size, each with its share of the steps: [224:0.8]."""
+    """Sizes before image_size, each with its share of the steps: ["224:0.8"]."""
     mean: Mean | None = None
     """Mean of R, G and B, of pixels in 0..1; by default the teacher's."""
     std: Std | None = None

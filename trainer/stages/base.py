@@ -134,7 +134,12 @@ class Stage(nn.Module):
 
     def notes(self) -> list[str]:
         """What the user should know before the run, a line each."""
-        return [self.other_classes] if self.other_classes else []
+        train, said = self.settings.train, [self.other_classes] if self.other_classes else []
+        for name, parameters in self.parts().items():
+            factor = getattr(train, name)
+            if factor != 1 and not any(p.requires_grad for p in parameters):
+                said.append(f"train.{name} {factor:g}: changes nothing, no such parameter trains")
+        return said
 
     @functools.cached_property
     def other_classes(self) -> str | None:
@@ -179,13 +184,18 @@ class Stage(nn.Module):
 
     def by_part(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups, at the learning rates that `train.lr_new` and `train.lr_attention` ask for."""
-        train, attentions = self.settings.train, [block.attn for block in backbone_of(self.student).blocks]
+        for name, parameters in self.parts().items():
+            factor = getattr(self.settings.train, name)
+            groups = groups if factor == 1 else scaled(groups, parameters, factor)
+        return groups
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that a factor of `train` on the learning rate is for, by its name."""
+        attentions = [block.attn for block in backbone_of(self.student).blocks]
         new = [p for attn in attentions if isinstance(attn, LinearAttention) for p in attn.new_parameters()]
         ids = {id(p) for p in new}
         old = [p for attn in attentions for p in attn.parameters() if id(p) not in ids]
-        for of, factor in ((new, train.lr_new), (old, train.lr_attention)):
-            groups = groups if factor == 1 else scaled(groups, of, factor)
-        return groups
+        return {"lr_new": new, "lr_attention": old}
 
     def decay_options(self) -> dict[str, Any]:
         """The keywords that timm's functions for parameter groups share."""

@@ -25,6 +25,16 @@ def batches(small: Path) -> list[dict]:
     return list(loader.epoch())[:4]
 
 
+def test_factors_and_weights_that_reach_nothing_are_told(small: Path) -> None:
+    def told(*options: str) -> list[str]:
+        return [note for note in job_of(small, 2, *options).notes if "changes nothing" in note]
+
+    assert told() == told("--train.lr_attention", "3", "--stage2.blocks", "[0]", "--stage2.block_weight", "2") == []
+    assert told("--train.lr_new", "10") == ["train.lr_new 10: changes nothing, no such parameter trains"]
+    assert told("--train.lr_new", "10", "--student.additions", "[gate]") == []
+    assert told("--stage2.block_weight", "7") == ["stage2.block_weight 7: changes nothing without stage2.blocks"]
+
+
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_the_teacher_keeps_its_bits_and_its_targets(small: Path, batches: list[dict], stage: int) -> None:
     job = job_of(small, stage).stage

@@ -1,5 +1,7 @@
 """Stage 3 learns the logits of a softmax model that was fine-tuned before."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ def test_the_loss_is_cross_entropy_and_the_logits(small: Path, master: Path) -> 
 
 def test_a_run_that_distils_exports_the_student_alone(small: Path, master: Path, tmp_path: Path) -> None:
     options = ["--stage3.distill", str(master), "--stage3.mixup", "0.8", "--train.bf16", "true"]
+    options += ["--data.resolutions", "['16:0.5']"]
     dry = run_trainer(small, tmp_path, 3, *options, "--dry_run")
     assert dry.code == 0 and "of the teacher" in dry.out, dry.err
     done = run_trainer(small, tmp_path, 3, *options, ranks=2)
@@ -57,6 +60,12 @@ def test_what_does_not_fit_is_refused(small: Path, master: Path, tmp_path: Path)
         job_of(small, 3, "--stage3.distill", str(master), "--stage3.num_classes", "5")
     with pytest.raises(UserError, match=r"stage3\.distill .*input\.mean"):
         job_of(small, 3, "--stage3.distill", str(master), "--data.mean", "[0.1, 0.1, 0.1]")
+    other = shutil.copytree(master, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["input"]["mean"] = [0.1, 0.1, 0.1]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"stage3\.distill .*input\.mean is \[0\.1, 0\.1, 0\.1\], this run's is"):
+        job_of(small, 3, "--stage3.distill", str(other))
     with pytest.raises(FileNotFoundError, match="no export there"):
         job_of(small, 3, "--stage3.distill", str(tmp_path))
     with pytest.raises(UserError, match=r"stage3\.distill .*segmentation"):

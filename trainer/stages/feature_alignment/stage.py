@@ -84,6 +84,15 @@ class FeatureAlignment(Stage):
         self.scales: dict[str, tuple[Tensor, Tensor]] = {}  # mean and deviation [D]; no buffers, which would be bf16
         self.save_memory_and_time(self.student, self.teacher)
 
+    def notes(self) -> list[str]:
+        """With the weights that have nothing to weigh."""
+        options, said = self.settings.stage2, super().notes()
+        if options.prefix_weight != 1 and not self.student.num_prefix_tokens:
+            said.append(f"stage2.prefix_weight {options.prefix_weight:g}: changes nothing, there are no prefix tokens")
+        if options.block_weight != 1 and not self.between:
+            said.append(f"stage2.block_weight {options.block_weight:g}: changes nothing without stage2.blocks")
+        return said
+
     @property
     def watched(self) -> tuple[str, ...]:
         """What an evaluation compares per block."""

@@ -1,6 +1,6 @@
 """Settings of stage 3, for both of its tasks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from trainer.fields import BelowOne, Count, Fraction, NonNegative, PathName, Positive
@@ -39,6 +39,10 @@ class Stage3:
     def resolve(self, settings: Any) -> None:
         """Raises ValueError when the settings do not fit together."""
         check_kept_on(settings, "stage3", self.attention_weight)
+        for f in fields(self):
+            given = getattr(self, f.name)
+            if f.name.startswith("distill_") and self.distill is None and given != f.default:
+                raise ValueError(f"stage3.{f.name} {given}: changes nothing without stage3.distill; give that too")
 
 
 SETTINGS = {"stage3": Stage3}

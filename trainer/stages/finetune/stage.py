@@ -107,8 +107,12 @@ class Finetune(Supervised):
             raise UserError(f"stage3.distill {folder}: its classes are not those of data.train, or in another order")
         for key in ("mean", "std"):
             theirs, ours = config.get("input", {}).get(key), getattr(self.settings.data, key)
-            if None not in (theirs, ours) and theirs != ours:
-                raise UserError(f"stage3.distill {folder}: its input.{key} is {theirs}, data.{key} is {ours}")
+            ours = list(ours or self.student.pretrained_cfg[key])
+            if theirs is not None and list(theirs) != ours:
+                raise UserError(f"stage3.distill {folder}: its input.{key} is {theirs}, this run's is {ours}; "
+                                f"give an export that reads images as this run does")  # fmt: skip
+        if self.settings.data.resolutions:
+            models.take_any_size(master)
         return master.eval().requires_grad_(False)
 
     def beside(self) -> list[nn.Module]:
