@@ -13,7 +13,7 @@ import yaml
 from jobs.job import StageJob
 from jobs.records import Records
 from jobs.settings import Request
-from trainer.config import UserError
+from trainer.config import UserError, of_later_stage
 from trainer.config import parse as parse_settings
 from trainer.output.paths import stage_path
 
@@ -60,7 +60,8 @@ def plan(requests: dict[str, Request], arguments: list[str]) -> tuple[Path, Chai
         runs = []
         for name, changes in sweep.items():
             run = base / name
-            argv = [*arguments, *changes, "--stage", stage, "--run", str(run)]
+            given = [*arguments, *changes]
+            argv = [*(of_later_stage(given) if chain else given), "--stage", stage, "--run", str(run)]
             parse_settings(argv)
             runs.append(Planned(run, stage, argv, request))
         chain.append(runs)

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.config import Settings, UserError, parse
+from trainer.config import Settings, UserError, of_later_stage, parse
 from trainer.output.kept import check_kept, evaluations
 from trainer.output.paths import is_complete, stage_path
 from trainer.ranks.errors import MachineError
@@ -46,6 +46,12 @@ def with_stage(argv: list[str], stage: str) -> list[str]:
     return changed
 
 
+def arguments(argv: list[str], stage: str) -> list[str]:
+    """Those of a stage of the chain."""
+    changed = with_stage(argv, stage)
+    return changed if stage == CHAIN[0] else of_later_stage(changed)
+
+
 def plan(argv: list[str]) -> dict[str, Settings]:
     """The settings of each stage of the chain.
 
@@ -53,7 +59,7 @@ def plan(argv: list[str]) -> dict[str, Settings]:
         UserError: a setting does not exist or fit, or a stage was made with others.
     """
     softmax = parse(with_stage(argv, "3")).student.attention == "softmax"  # the baseline: nothing is converted
-    stages = {stage: parse(with_stage(argv, stage)) for stage in (CHAIN[-1:] if softmax else CHAIN)}
+    stages = {stage: parse(arguments(argv, stage)) for stage in (CHAIN[-1:] if softmax else CHAIN)}
     for stage, settings in stages.items():
         check_kept(stage_path(settings.run, stage), settings)
     return stages
@@ -79,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             if not first:
                 time.sleep(1)  # rank 0 has left the stage before by now, and no other takes its port for the new one's
             began = time.monotonic()
-            status = _in_a_process(with_stage(argv, stage), stage, forward)
+            status = _in_a_process(arguments(argv, stage), stage, forward)
             if status:
                 return status
             if settings.dry_run:

@@ -276,6 +276,13 @@ def gather(argv: list[str], option: str) -> list[str]:
     return [*rest, f"{option}={json.dumps(values)}"] if values else argv
 
 
+def of_later_stage(argv: list[str]) -> list[str]:
+    """The arguments of a chain for a stage after its first: `student.parent` is what the first starts from."""
+    option = "--student.parent"
+    pairs = zip(["", *argv], argv, strict=False)
+    return [arg for before, arg in pairs if option not in (before, arg) and not arg.startswith(f"{option}=")]
+
+
 class _TwiceError(yaml.constructor.ConstructorError):
     """A key that stands twice."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 
-EPS = 1e-6  # floor of the normaliser; reached only by maps such as relu that can give a token no feature at all
+EPS = 1e-6  # floor of the normaliser; reached where a token has no feature, as with relu, or all features are tiny
 NARROW = (torch.bfloat16, torch.float16)  # what `wide` makes fp32
 BLOCK = 1 << 20  # bytes of fp32 features for each thread of a CPU: more leaves its cache, and the heap
 

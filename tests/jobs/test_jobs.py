@@ -19,7 +19,7 @@ import yaml
 from jobs import cancel, report, slurm, status
 from jobs.after import STOPPED, decide, lost_nodes
 from jobs.batch import _grouped
-from jobs.plan import Planned, combinations
+from jobs.plan import Planned, combinations, plan
 from jobs.records import Records, Submitted
 from jobs.settings import Request, parse
 from jobs.submit import main
@@ -99,6 +99,13 @@ def test_a_sweep_is_an_array(unchecked: None, tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert out.count("#SBATCH --array=0-3%4") == 2
     assert "#SBATCH --dependency='aftercorr:<job of stage1>'" in out
+
+
+def test_the_parent_is_where_the_first_stage_of_a_chain_starts(tmp_path: Path) -> None:
+    requests, arguments = parse(["--cluster", "local", "--run", str(tmp_path), "--stages", "2", "3"])
+    for typed in (["--student.parent", "none"], ["--student.parent=none"]):
+        _, ((second,), (third,)) = plan(requests, [*arguments, *typed])
+        assert [parse_settings(job.argv).student.parent for job in (second, third)] == ["none", None]
 
 
 @pytest.mark.parametrize(

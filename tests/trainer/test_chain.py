@@ -26,6 +26,11 @@ def test_all_stands_for_each_stage() -> None:
     assert not is_asked(["--stage", "1", "--run", "all"])
     assert list(parse_jobs(["--stage", "all", "--cluster", "local", "--run", "x"])[0]) == ["1", "2", "3"]
     assert list(plan(["--stage", "all", "--student.attention", "softmax"])) == ["3"]
+    from_scratch = plan(["--stage", "all", "--student.parent", "none"])
+    assert [settings.student.parent for settings in from_scratch.values()] == ["none", None, None]
+    for options in ([], ["--student.attention", "softmax"]):
+        with pytest.raises(UserError, match=r"student.parent there: .*leave it out"):
+            plan(["--stage", "all", "--student.parent", "there", *options])
     with pytest.raises(UserError, match=r"train.lr fast: must be"):
         plan(["--stage", "all", "--train.lr", "fast"])
 
