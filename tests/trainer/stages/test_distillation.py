@@ -1,7 +1,5 @@
 """Stage 3 learns the logits of a softmax model that was fine-tuned before."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -60,10 +58,9 @@ def test_what_does_not_fit_is_refused(small: Path, master: Path, tmp_path: Path)
         job_of(small, 3, "--stage3.distill", str(master), "--stage3.num_classes", "5")
     with pytest.raises(UserError, match=r"stage3\.distill .*input\.mean"):
         job_of(small, 3, "--stage3.distill", str(master), "--data.mean", "[0.1, 0.1, 0.1]")
-    other = shutil.copytree(master, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config["input"]["mean"] = [0.1, 0.1, 0.1]
-    (other / "config.json").write_text(json.dumps(config))
+    config = {key: value for key, value in models.read_config(master).items() if key not in ("digest", "format")}
+    config["input"] |= {"mean": [0.1, 0.1, 0.1]}
+    models.save(other := tmp_path / "other", load_file(master / "model.safetensors"), config)
     with pytest.raises(UserError, match=r"stage3\.distill .*input\.mean is \[0\.1, 0\.1, 0\.1\], this run's is"):
         job_of(small, 3, "--stage3.distill", str(other))
     with pytest.raises(FileNotFoundError, match="no export there"):
