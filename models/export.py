@@ -23,7 +23,7 @@ from .backbones import NOT_BUILT, check_image_size
 from .checkpoints import check_finite, check_fit, exports_within, mark_of, one_line, pair
 from .heads import build_head
 from .hf import hub_without_long_waits
-from .linearize import linear_blocks, linearize
+from .linearize import linearize
 from .parallel import with_plain_blocks
 from .segmenter import Segmenter, backbone_of
 
@@ -188,9 +188,6 @@ def build(
         vit = backbone_of(model)
         check_image_size(vit, image_size)
         vit.set_input_size(img_size=image_size)
-        for attn in (vit.blocks[i].attn for i in linear_blocks(vit)):
-            if attn.grid is not None:
-                attn.look_at(attn.grid)
     _describe(model, config)
     return model.eval()
 

@@ -132,8 +132,14 @@ class LinearAttention(nn.Module):
         return self.grid.of(tokens - self.num_prefix_tokens) if self.grid is not None else (0, 0)
 
     def look_at(self, grid: PatchGrid) -> None:
-        """Take rows and columns from `grid`; TorchScript takes those of its ViT, as it is built now."""
-        self.grid, self.built_grid = grid, tuple(grid.patch_embed.grid_size or (0, 0))
+        """Take rows and columns from `grid`."""
+        self.grid = grid
+
+    def __prepare_scriptable__(self) -> "LinearAttention":
+        """What `torch.jit.script` calls first: a script holds for the size that the ViT has then."""
+        if self.grid is not None:
+            self.built_grid = tuple(self.grid.patch_embed.grid_size or (0, 0))
+        return self
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> q [B, H, N, K], k and v [B, key-value heads, N, K]."""

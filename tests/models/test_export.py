@@ -88,6 +88,8 @@ def test_another_image_size_in_torchscript(tmp_path, given, size):
     save(tmp_path, vit.state_dict(), config(vit) | {"attention": attention})
     loaded, x = load(tmp_path, size), torch.rand(2, 3, *size)
     torch.testing.assert_close(torch.jit.script(loaded)(x), loaded(x))
+    vit.set_input_size(img_size=size)
+    torch.testing.assert_close(torch.jit.script(vit)(x), vit(x))
 
 
 def test_a_bf16_state_comes_back_as_fp32_with_the_same_values(tmp_path):

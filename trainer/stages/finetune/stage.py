@@ -110,7 +110,7 @@ class Finetune(Supervised):
             ours = list(ours or self.student.pretrained_cfg[key])
             if theirs is not None and list(theirs) != ours:
                 raise UserError(f"stage3.distill {folder}: its input.{key} is {theirs}, this run's is {ours}; "
-                                f"give an export that reads images as this run does")  # fmt: skip
+                                "give an export that reads images as this run does")  # fmt: skip
         if self.settings.data.resolutions:
             models.take_any_size(master)
         return master.eval().requires_grad_(False)
